@@ -1,0 +1,196 @@
+"""Move models between any store and the place where they run, whole and verified.
+
+    from storage import Storage
+
+    path = Storage.download("s3://models/iris/v3/", "/mnt/models")
+
+Names are loaded on first use: importing this package loads no SDK and touches nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from storage.client import StorageClient
+    from storage.config import (
+        AzureConfig,
+        FsspecConfig,
+        GCSConfig,
+        HFConfig,
+        HTTPConfig,
+        PVCConfig,
+        S3Config,
+        Settings,
+    )
+    from storage.digest import Digest, tree_digest
+    from storage.errors import (
+        AuthenticationError,
+        BucketMissingError,
+        ConfigurationError,
+        DestinationError,
+        InferenceError,
+        InsufficientSpaceError,
+        IntegrityError,
+        InvalidInput,
+        ModelMissingError,
+        ModelNotFound,
+        ObjectChangedError,
+        ObjectExistsError,
+        OfflineError,
+        SignatureError,
+        StorageError,
+        TransferError,
+        UnreachableError,
+        UnsupportedOperation,
+        UnsupportedScheme,
+    )
+    from storage.facade import (
+        AUTHENTICATION_METHODS,
+        LocalPath,
+        ObjectList,
+        Storage,
+        StorageConfig,
+        StorageMetadata,
+        StorageOperations,
+        StorageURI,
+    )
+    from storage.transfer.plan import Plan
+    from storage.transfer.progress import Progress
+    from storage.uri import (
+        AZURE_URI_FORMAT,
+        GCS_URI_FORMAT,
+        HF_URI_FORMAT,
+        HTTP_URI_FORMAT,
+        LOCAL_URI_FORMAT,
+        PVC_URI_FORMAT,
+        S3_URI_FORMAT,
+        SUPPORTED_PROTOCOLS,
+    )
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "storage.client": ("StorageClient",),
+    "storage.config": (
+        "AzureConfig",
+        "FsspecConfig",
+        "GCSConfig",
+        "HFConfig",
+        "HTTPConfig",
+        "PVCConfig",
+        "S3Config",
+        "Settings",
+    ),
+    "storage.digest": ("Digest", "tree_digest"),
+    "storage.errors": (
+        "AuthenticationError",
+        "BucketMissingError",
+        "ConfigurationError",
+        "DestinationError",
+        "InferenceError",
+        "InsufficientSpaceError",
+        "IntegrityError",
+        "InvalidInput",
+        "ModelMissingError",
+        "ModelNotFound",
+        "ObjectChangedError",
+        "ObjectExistsError",
+        "OfflineError",
+        "SignatureError",
+        "StorageError",
+        "TransferError",
+        "UnreachableError",
+        "UnsupportedOperation",
+        "UnsupportedScheme",
+    ),
+    "storage.facade": (
+        "AUTHENTICATION_METHODS",
+        "LocalPath",
+        "ObjectList",
+        "Storage",
+        "StorageConfig",
+        "StorageMetadata",
+        "StorageOperations",
+        "StorageURI",
+    ),
+    "storage.transfer.plan": ("Plan",),
+    "storage.transfer.progress": ("Progress",),
+    "storage.uri": (
+        "AZURE_URI_FORMAT",
+        "GCS_URI_FORMAT",
+        "HF_URI_FORMAT",
+        "HTTP_URI_FORMAT",
+        "LOCAL_URI_FORMAT",
+        "PVC_URI_FORMAT",
+        "S3_URI_FORMAT",
+        "SUPPORTED_PROTOCOLS",
+    ),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "AUTHENTICATION_METHODS",
+    "AZURE_URI_FORMAT",
+    "AuthenticationError",
+    "AzureConfig",
+    "BucketMissingError",
+    "ConfigurationError",
+    "DestinationError",
+    "Digest",
+    "FsspecConfig",
+    "GCSConfig",
+    "GCS_URI_FORMAT",
+    "HFConfig",
+    "HF_URI_FORMAT",
+    "HTTPConfig",
+    "HTTP_URI_FORMAT",
+    "InferenceError",
+    "InsufficientSpaceError",
+    "IntegrityError",
+    "InvalidInput",
+    "LOCAL_URI_FORMAT",
+    "LocalPath",
+    "ModelMissingError",
+    "ModelNotFound",
+    "ObjectChangedError",
+    "ObjectExistsError",
+    "ObjectList",
+    "OfflineError",
+    "PVCConfig",
+    "PVC_URI_FORMAT",
+    "Plan",
+    "Progress",
+    "S3Config",
+    "S3_URI_FORMAT",
+    "SUPPORTED_PROTOCOLS",
+    "Settings",
+    "SignatureError",
+    "Storage",
+    "StorageClient",
+    "StorageConfig",
+    "StorageError",
+    "StorageMetadata",
+    "StorageOperations",
+    "StorageURI",
+    "TransferError",
+    "UnreachableError",
+    "UnsupportedOperation",
+    "UnsupportedScheme",
+    "__version__",
+    "tree_digest",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'storage' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

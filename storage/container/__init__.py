@@ -1,0 +1,1 @@
+"""Model containers and archives."""

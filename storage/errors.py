@@ -1,0 +1,240 @@
+"""Every error that this library raises, drawn once.
+
+::
+
+    Exception
+    ├── StorageError                    anything that went wrong in a store or on the way
+    │   ├── ModelMissingError           no such object or tree        (FileNotFoundError)
+    │   │   └── BucketMissingError      not even the bucket
+    │   ├── AuthenticationError         the store refused who we are  (PermissionError)
+    │   ├── IntegrityError              the bytes are not the ones expected
+    │   ├── SignatureError              a signature is missing or does not verify
+    │   ├── OfflineError                a store would be needed, but may not be asked
+    │   ├── ConfigurationError          a setting, config or environment variable is unusable
+    │   ├── UnsupportedOperation        this store or driver cannot do that
+    │   │   └── UnsupportedScheme       no backend for the URI's scheme
+    │   ├── InvalidInput                an argument is unusable       (ValueError)
+    │   ├── ObjectExistsError           there already, and not to be overwritten (FileExistsError)
+    │   ├── DestinationError            the local path cannot be written         (OSError)
+    │   │   └── InsufficientSpaceError  ... because the disk is full
+    │   └── TransferError               retries are spent
+    │       ├── TransientError          one attempt failed in a way worth repeating
+    │       │   └── UnreachableError    ... because nobody answers at that address
+    │       └── ObjectChangedError      the object was replaced while it was read
+    └── ModelNotFound                   for model servers: no model of that name
+    RuntimeError
+    └── InferenceError                  for model servers: a prediction failed
+
+A message says what was asked, what was expected, what was found and what to do. It is one
+line and holds no secret and no query string; :func:`redact` and :func:`one_line` see to it.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+
+__all__ = [
+    "AuthenticationError",
+    "BucketMissingError",
+    "ConfigurationError",
+    "DestinationError",
+    "InferenceError",
+    "InsufficientSpaceError",
+    "IntegrityError",
+    "InvalidInput",
+    "ModelMissingError",
+    "ModelNotFound",
+    "ObjectChangedError",
+    "ObjectExistsError",
+    "OfflineError",
+    "SignatureError",
+    "StorageError",
+    "TransferError",
+    "TransientError",
+    "UnreachableError",
+    "UnsupportedOperation",
+    "UnsupportedScheme",
+    "one_line",
+    "redact",
+]
+
+# A URL anywhere in a text: user information before the host and everything from the first
+# "?" on may be a credential (SAS tokens and presigned URLs keep theirs in the query).
+_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s@]*@")
+_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>)]*")
+# What a request's headers look like when an SDK prints them.
+_HEADER = re.compile(
+    r"(?i)\b(authorization|x-amz-security-token|cookie|proxy-authorization|x-ms-copy-source"
+    r"|sharedaccesssignature|accountkey|sig)(\"?\s*[:=]\s*)(\"?)(?:(?:bearer|basic)\s+)?[^\s,;\"']+"
+)
+
+
+def redact(text: str) -> str:
+    """Return ``text`` with what may be a credential in it replaced by ``…``.
+
+    User information and queries of URLs go, and the values of headers and fields that carry
+    credentials. The pins ``?versionId=`` and ``?generation=`` stay: they identify an object.
+    """
+    text = _USERINFO.sub(r"\1…@", text)
+    text = _QUERY.sub(_keep_pins, text)
+    return _HEADER.sub(r"\1\2\3…", text)
+
+
+def _keep_pins(match: re.Match[str]) -> str:
+    whole = match.group(0)
+    pin = re.search(r"\?(?:versionId|generation)=[A-Za-z0-9._-]+$", whole)
+    return whole if pin and whole.count("?") == 1 else f"{match.group(1)}?…"
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Return ``text`` redacted, on one line, cut to ``limit`` characters."""
+    line = " ".join(redact(str(text)).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class StorageError(Exception):
+    """Base of everything that this library raises about a store or a transfer."""
+
+
+class ModelMissingError(StorageError, FileNotFoundError):
+    """Nothing is stored at ``path``: neither an object of that name nor anything below it."""
+
+    def __init__(self, path: str, detail: str | None = None) -> None:
+        """Keep the missing ``path`` (a URI or a local path) and an optional ``detail``."""
+        super().__init__(path, detail)
+        self.path = redact(path)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail or (
+            f"no model at {self.path}: expected an object of that name or objects under "
+            f"{self.path.rstrip('/')}/, found neither; check the spelling (`storage ls` lists)"
+        )
+
+
+class BucketMissingError(ModelMissingError):
+    """The bucket, container or share that should hold ``path`` does not exist."""
+
+    def __str__(self) -> str:
+        return self.detail or (
+            f"no bucket for {self.path}: the store says that the bucket or container does not "
+            "exist; check its name, the region and the endpoint"
+        )
+
+
+class AuthenticationError(StorageError, PermissionError):
+    """The store refused the credentials, or they do not permit the operation."""
+
+
+class IntegrityError(StorageError):
+    """Bytes arrived, but not the expected ones: wrong size or digest. Nothing is published."""
+
+
+class SignatureError(StorageError):
+    """A required signature is absent, or does not verify."""
+
+
+class OfflineError(StorageError):
+    """A store would have to be asked, but the call or the settings say offline."""
+
+
+class ConfigurationError(StorageError):
+    """A config, setting, environment variable or missing extra makes the store unusable."""
+
+
+class UnsupportedOperation(StorageError):
+    """The store, or the driver chosen for it, cannot do what was asked."""
+
+
+class UnsupportedScheme(UnsupportedOperation):
+    """No backend serves the URI's scheme."""
+
+
+class InvalidInput(StorageError, ValueError):
+    """An argument cannot be used; ``reason`` says which and why."""
+
+    def __init__(self, reason: str) -> None:
+        """Keep the ``reason``."""
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class ObjectExistsError(StorageError, FileExistsError):
+    """Something is stored there already and the call may not overwrite it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class DestinationError(StorageError, OSError):
+    """The local destination cannot be created or written."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class InsufficientSpaceError(DestinationError):
+    """The destination's file system has no room for the model; ``errno`` is ``ENOSPC``."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the ``message``."""
+        super().__init__(message)
+        self.errno = errno.ENOSPC
+
+
+class TransferError(StorageError):
+    """The transfer failed, and repeating it did not help (or could not have)."""
+
+
+class TransientError(TransferError):
+    """One attempt failed in a way that is worth repeating.
+
+    Backends raise it; the transfer layer repeats the attempt and turns the last one into a
+    plain :class:`TransferError`.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        """Keep the ``message`` and the seconds that the store asked to wait, if it did."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnreachableError(TransientError):
+    """Nobody answers at the store's address: no route, no name, connection refused."""
+
+
+class ObjectChangedError(TransferError):
+    """The object is no longer the one that the read was pinned to."""
+
+
+class ModelNotFound(Exception):  # noqa: N818 -- the name that model servers catch
+    """A model server was asked for a model that it does not have."""
+
+    def __init__(self, model_name: str | None = None) -> None:
+        """Keep the ``model_name``."""
+        super().__init__(model_name)
+        self.model_name = model_name
+        self.reason = f"Model with name {model_name} does not exist."
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class InferenceError(RuntimeError):
+    """A model failed to predict."""
+
+    def __init__(
+        self, reason: str, status: str | None = None, debug_details: str | None = None
+    ) -> None:
+        """Keep the ``reason``, a ``status`` code and ``debug_details``."""
+        super().__init__(reason, status, debug_details)
+        self.reason = reason
+        self.status = status
+        self.debug_details = debug_details
+
+    def __str__(self) -> str:
+        return self.reason

@@ -1,0 +1,338 @@
+"""The static facades: `Storage` and `StorageOperations` over one default client."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from storage.uri import parse_uri
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+    from storage.client import StorageClient
+    from storage.config import (
+        AzureConfig,
+        FsspecConfig,
+        GCSConfig,
+        HFConfig,
+        HTTPConfig,
+        PVCConfig,
+        S3Config,
+    )
+    from storage.digest import Digest
+    from storage.transfer.progress import ProgressCallback
+
+    StorageConfig = (
+        S3Config | GCSConfig | AzureConfig | HFConfig | HTTPConfig | PVCConfig | FsspecConfig
+    )
+
+__all__ = [
+    "AUTHENTICATION_METHODS",
+    "LocalPath",
+    "ObjectList",
+    "Storage",
+    "StorageConfig",
+    "StorageMetadata",
+    "StorageOperations",
+    "StorageURI",
+    "default_client",
+]
+
+StorageURI = str
+"""A URI of section "URIs" in the documentation, or a plain path."""
+
+LocalPath = str
+"""A path on this machine."""
+
+StorageMetadata = dict[str, Any]
+"""What :meth:`StorageOperations.get_object_metadata` returns."""
+
+ObjectList = list[str]
+"""What :meth:`StorageOperations.list_objects` returns."""
+
+AUTHENTICATION_METHODS: dict[str, list[str]] = {
+    "s3": ["access_key", "iam_role", "instance_profile"],
+    "gs": ["service_account", "default_credentials", "workload_identity"],
+    "azure": ["account_key", "sas_token", "managed_identity"],
+    "hf": ["access_token", "login"],
+}
+"""How one may authenticate, by type of store."""
+
+_lock = threading.Lock()
+_client: StorageClient | None = None
+
+
+def default_client() -> StorageClient:
+    """Return the client behind the facades, made from the environment on first use."""
+    global _client
+    if _client is None:
+        from storage.client import StorageClient
+
+        with _lock:
+            if _client is None:
+                _client = StorageClient()
+    return _client
+
+
+def __getattr__(name: str) -> Any:
+    # The union of all configs; building it imports them, which nobody needs at run time.
+    if name == "StorageConfig":
+        from storage.config import StorageConfig
+
+        return StorageConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class Storage:
+    """Models to and from this machine.
+
+    Every method takes ``config``: a typed config (``S3Config`` and its siblings) or a dict of
+    its fields. Without one, the settings file, KServe's ``STORAGE_CONFIG`` and the store's own
+    environment variables and profiles apply, in this order.
+    """
+
+    @staticmethod
+    def download(
+        uri: StorageURI | os.PathLike[str],
+        dest: LocalPath | os.PathLike[str] | None = None,
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+        allow_patterns: str | Iterable[str] | None = None,
+        ignore_patterns: str | Iterable[str] | None = None,
+        digest: str | Digest | None = None,
+        unpack: bool = False,
+        offline: bool | Literal["auto"] | None = None,
+        overwrite: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> LocalPath:
+        """Bring an object or a tree to this machine, verified, and return its path.
+
+        The exact key is one object; else everything under ``key/`` is a tree. A trailing slash
+        means a tree. What appears at the returned path is whole: a failed or killed download
+        leaves nothing there.
+
+        Args:
+            uri: what to download.
+            dest: for an object its path, or an existing folder (or a path that ends in ``/``)
+                to put it into; for a tree its own path, whether it exists or not. ``None``
+                keeps it in the cache; what is on this machine already stays where it is.
+            config: credentials and options of the store.
+            allow_patterns: ``fnmatch`` patterns of relative paths; the rest is left out.
+            ignore_patterns: patterns of what is left out.
+            digest: expected digest, ``sha256:…`` or ``blake3:…``; of a tree as
+                :func:`storage.tree_digest` defines it.
+            unpack: extract the one archive (tar, tar.gz, zip, …) that ``uri`` is.
+            offline: ``True`` uses the cache alone, ``"auto"`` falls back to it when the store
+                cannot be reached. Default from the settings.
+            overwrite: let a tree replace a folder that this library did not put there.
+            progress: called with :class:`storage.Progress` while it runs.
+
+        Returns:
+            The path of the file, or of the tree's folder.
+
+        Raises:
+            ModelMissingError: nothing is there.
+            AuthenticationError: the store refuses access.
+            IntegrityError: the bytes are not the expected ones.
+            TransferError: retries are spent (``UnreachableError``: nobody answers).
+            DestinationError: ``dest`` cannot be written (``InsufficientSpaceError``: no room).
+            StorageError: base of them all.
+        """
+        return default_client().download(
+            uri,
+            dest,
+            config=config,
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+            digest=digest,
+            unpack=unpack,
+            offline=offline,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+    @staticmethod
+    def download_many(
+        uris: Sequence[StorageURI | os.PathLike[str]],
+        dests: Sequence[LocalPath | os.PathLike[str] | None] | None = None,
+        **options: Any,
+    ) -> list[LocalPath]:
+        """Download several sources at once and return their paths in the same order.
+
+        Args:
+            uris: what to download.
+            dests: a destination for each, or ``None``.
+            options: those of :meth:`download`, for all of them.
+
+        Raises:
+            StorageError: the first failure; what was complete by then stays.
+        """
+        return default_client().download_many(uris, dests, **options)
+
+    @staticmethod
+    def upload(
+        src: LocalPath | os.PathLike[str],
+        uri: StorageURI,
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+        overwrite: bool = True,
+        allow_patterns: str | Iterable[str] | None = None,
+        ignore_patterns: str | Iterable[str] | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> bool:
+        """Store a file, or every file of a folder, and return ``True``.
+
+        A file becomes the object ``uri``, or goes below it if ``uri`` ends in ``/``. The files
+        of a folder go below ``uri``, each under its relative path; objects that are there
+        under other names stay. Links are followed. Digests are kept as metadata.
+
+        Args:
+            src: a file or a folder.
+            uri: where to.
+            config: credentials and options of the store.
+            overwrite: ``False`` fails if the object, or anything below ``uri``, exists.
+            allow_patterns: as in :meth:`download`.
+            ignore_patterns: as in :meth:`download`.
+            progress: as in :meth:`download`.
+
+        Raises:
+            InvalidInput: there is nothing to upload, or it is neither file nor folder.
+            ObjectExistsError: see ``overwrite``.
+            StorageError: as in :meth:`download`.
+        """
+        return default_client().upload(
+            src,
+            uri,
+            config=config,
+            overwrite=overwrite,
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+            progress=progress,
+        )
+
+    @staticmethod
+    def is_local(uri: StorageURI | os.PathLike[str]) -> bool:
+        """Tell whether ``uri`` is on this machine: a path, ``file://`` or a mounted claim."""
+        return parse_uri(uri).is_local
+
+    @staticmethod
+    def get_storage_spec(uri: StorageURI | os.PathLike[str]) -> dict[str, Any]:
+        """Return what a URI says: ``type``, ``scheme``, ``bucket``, ``path`` and more.
+
+        Raises:
+            InvalidInput: it is no URI.
+        """
+        return parse_uri(uri).spec()
+
+    @staticmethod
+    def open(
+        uri: StorageURI | os.PathLike[str],
+        mode: Literal["rb", "wb", "xb"] = "rb",
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+    ) -> BinaryIO:
+        """Open one object as a binary file.
+
+        Reading is seekable and fetches ranges as they are needed, all of the same version.
+        Writing spools to local disk; the object appears, whole, when the file is closed, and
+        not at all if a ``with`` block is left by an error. ``xb`` refuses an existing object.
+
+        Raises:
+            ModelMissingError: nothing to read is there.
+            InvalidInput: another mode, or a tree.
+        """
+        return default_client().open(uri, mode, config=config)
+
+    @staticmethod
+    def filesystem(
+        uri: StorageURI | os.PathLike[str],
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+    ) -> AbstractFileSystem:
+        """Return the fsspec file system of a URI's store, with the same credentials."""
+        return default_client().filesystem(uri, config=config)
+
+
+class StorageOperations:
+    """Single objects of a store: list, describe, delete, copy."""
+
+    @staticmethod
+    def list_objects(
+        uri: StorageURI | os.PathLike[str],
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+    ) -> ObjectList:
+        """Return the paths of all objects below ``uri``, relative to it, sorted.
+
+        If ``uri`` is one object, its name.
+
+        Raises:
+            ModelMissingError: nothing is there.
+        """
+        return default_client().list_objects(uri, config=config)
+
+    @staticmethod
+    def get_object_metadata(
+        uri: StorageURI | os.PathLike[str],
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+    ) -> StorageMetadata:
+        """Describe an object.
+
+        Returns:
+            ``type`` (``object`` or ``tree``), ``size`` (bytes), ``modified_time`` (datetime),
+            ``etag``, ``version``, ``content_type``, ``digests`` (hex by algorithm),
+            ``metadata`` (the user's) and ``uri``. Of a tree: the total ``size``, the number
+            of ``objects`` and the latest ``modified_time``.
+
+        Raises:
+            ModelMissingError: nothing is there.
+        """
+        return default_client().get_object_metadata(uri, config=config)
+
+    @staticmethod
+    def delete_object(
+        uri: StorageURI | os.PathLike[str],
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+        recursive: bool = False,
+    ) -> bool:
+        """Delete an object, or with ``recursive`` a tree, and return ``True``.
+
+        Raises:
+            ModelMissingError: nothing is there.
+            InvalidInput: it is a tree, and ``recursive`` is not set.
+        """
+        return default_client().delete_object(uri, config=config, recursive=recursive)
+
+    @staticmethod
+    def copy_object(
+        src_uri: StorageURI | os.PathLike[str],
+        dest_uri: StorageURI | os.PathLike[str],
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+        dest_config: StorageConfig | dict[str, Any] | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> bool:
+        """Copy an object or a tree between any two stores and return ``True``.
+
+        Within one bucket the store copies by itself; else the bytes stream through this
+        machine in bounded memory and are verified.
+
+        Args:
+            src_uri: what to copy.
+            dest_uri: the new object; a path that ends in ``/`` takes the source's name.
+            config: of the source; of the destination too if both are of one type and
+                ``dest_config`` is ``None``.
+            dest_config: of the destination.
+            progress: as in :meth:`Storage.download`.
+
+        Raises:
+            ModelMissingError: there is no source.
+        """
+        return default_client().copy_object(
+            src_uri, dest_uri, config=config, dest_config=dest_config, progress=progress
+        )

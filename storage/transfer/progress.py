@@ -1,0 +1,118 @@
+"""What a transfer tells while it runs. Nothing is printed here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Meter", "Progress", "ProgressCallback"]
+
+_INTERVAL = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The state of one transfer at one moment."""
+
+    operation: str
+    """``download``, ``upload`` or ``copy``."""
+
+    uri: str
+    """What is transferred, without credentials."""
+
+    bytes_done: int
+    """Bytes moved or found in place so far. May go back when an object has to start again."""
+
+    bytes_total: int | None
+    """Bytes in all; ``None`` where the store does not tell."""
+
+    objects_done: int
+    objects_total: int
+
+    bytes_present: int
+    """Of ``bytes_done``, those that were here already and were not fetched."""
+
+    seconds: float
+    """Since the transfer began."""
+
+    finished: bool
+    """Whether this is the last event. It comes only after success."""
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second moved since the beginning."""
+        return (self.bytes_done - self.bytes_present) / self.seconds if self.seconds else 0.0
+
+
+ProgressCallback = Callable[[Progress], object]
+"""Called from the threads of a transfer, one call at a time, about ten times a second."""
+
+
+class Meter:
+    """Adds up what the threads of one transfer report, and tells the caller now and then."""
+
+    def __init__(
+        self,
+        operation: str,
+        uri: str,
+        bytes_total: int | None,
+        objects_total: int,
+        callback: ProgressCallback | None,
+    ) -> None:
+        """Begin at zero; the clock starts now."""
+        self._operation = operation
+        self._uri = uri
+        self._bytes_total = bytes_total
+        self._objects_total = objects_total
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._bytes = self._present = self._objects = 0
+        self._began = time.monotonic()
+        self._told = 0.0
+
+    def add_bytes(self, count: int) -> None:
+        """Count bytes that arrived or left (negative: that have to move again)."""
+        with self._lock:
+            self._bytes += count
+            self._tell()
+
+    def add_present(self, count: int) -> None:
+        """Count bytes that need not move."""
+        with self._lock:
+            self._bytes += count
+            self._present += count
+            self._tell()
+
+    def add_object(self) -> None:
+        """Count a finished object."""
+        with self._lock:
+            self._objects += 1
+            self._tell()
+
+    def finish(self) -> None:
+        """Send the last event."""
+        with self._lock:
+            self._tell(finished=True)
+
+    def _tell(self, finished: bool = False) -> None:
+        if self._callback is None:
+            return
+        now = time.monotonic()
+        if not finished and now - self._told < _INTERVAL:
+            return
+        self._told = now
+        self._callback(
+            Progress(
+                self._operation,
+                self._uri,
+                self._bytes,
+                self._bytes_total,
+                self._objects,
+                self._objects_total,
+                self._present,
+                now - self._began,
+                finished,
+            )
+        )

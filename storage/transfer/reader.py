@@ -1,0 +1,128 @@
+"""One object as a seekable file, read by ranges as they are asked for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from storage.backends.base import Backend, Body, Buffer, ByteRange, ObjectInfo
+from storage.errors import ObjectChangedError, TransientError
+from storage.transfer.retry import RetryPolicy
+
+__all__ = ["ObjectReader", "open_reader"]
+
+_BUFFER = 1024 * 1024
+# A forward seek shorter than this reads on; a new request costs more.
+_SKIP = 256 * 1024
+
+
+class ObjectReader(io.RawIOBase):
+    """A read-only, seekable, unbuffered file over an object.
+
+    All bytes come from the version that was there when the file was opened; if it is replaced
+    meanwhile, reading raises ``ObjectChangedError``. A request reads on until a seek leaves
+    it, so sequential reading is one request. A broken one is repeated from its position.
+    Not for use by several threads at once.
+    """
+
+    def __init__(self, backend: Backend, info: ObjectInfo, retry: RetryPolicy, where: str) -> None:
+        """Read the object that ``info`` (of ``backend.stat``) describes.
+
+        Args:
+            backend: where the object is.
+            info: the object; its size must be known.
+            retry: how to repeat failed reads.
+            where: the object's URI, for messages.
+        """
+        super().__init__()
+        assert info.size is not None
+        self.info = info
+        self.name = where
+        self._backend = backend
+        self._size = info.size
+        self._retry = retry
+        self._position = 0
+        self._body: Body | None = None
+        self._chunks: Iterator[Buffer] = iter(())
+        self._body_position = 0
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"{self.name}: cannot seek to {base + offset}, before the start")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        view = memoryview(buffer).cast("B")
+        if self._position >= self._size or not view:
+            return 0
+        self._retry.run(self._fill)
+        count = min(len(view), len(self._rest))
+        view[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        self._position += count
+        self._body_position += count
+        return count
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _fill(self) -> None:
+        """Make the next bytes at the position available."""
+        try:
+            ahead = self._position - self._body_position
+            if self._body is None or not 0 <= ahead <= _SKIP + len(self._rest):
+                self._start()
+            while self._body_position < self._position or not self._rest:
+                if not self._rest:
+                    chunk = next(self._chunks, None)
+                    if chunk is None:
+                        raise TransientError(
+                            f"{self.name}: the body ended at {self._body_position} of {self._size}"
+                        )
+                    self._rest = memoryview(chunk).cast("B")
+                skipped = min(len(self._rest), self._position - self._body_position)
+                self._rest = self._rest[skipped:]
+                self._body_position += skipped
+        except TransientError:
+            self._drop()
+            raise
+
+    def _start(self) -> None:
+        self._drop()
+        capabilities = self._backend.capabilities
+        span = None
+        if capabilities.ranged_read:
+            span = ByteRange(self._position, self._size)
+        pin = self.info if capabilities.pinned_read and self.info.pin is not None else None
+        self._body = self._backend.read(self.info.key, span, pin)
+        if self.info.differs_from(self._body.info):
+            raise ObjectChangedError(f"{self.name} was replaced while it was being read")
+        self._chunks = iter(self._body)
+        self._body_position = self._position if span is not None else 0
+
+    def _drop(self) -> None:
+        body, self._body = self._body, None
+        self._chunks = iter(())
+        self._rest = memoryview(b"")
+        if body is not None:
+            body.close()
+
+
+def open_reader(
+    backend: Backend, info: ObjectInfo, retry: RetryPolicy, where: str
+) -> io.BufferedReader:
+    """Return an :class:`ObjectReader` behind a buffer of 1 MiB."""
+    return io.BufferedReader(ObjectReader(backend, info, retry, where), _BUFFER)

@@ -1,0 +1,190 @@
+"""Files to objects: hashed first, sent in parallel, with the digests kept beside the bytes."""
+
+from __future__ import annotations
+
+import mimetypes
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from storage.backends.base import Backend, ObjectInfo, file_payload
+from storage.digest import hash_file
+from storage.errors import DestinationError, IntegrityError, InvalidInput
+from storage.transfer.engine import Budget, TransferOptions, run_tasks
+from storage.transfer.plan import Patterns
+from storage.transfer.progress import Meter
+
+__all__ = ["SourceFile", "scan", "upload"]
+
+# Above this a backend sends parts in parallel by itself.
+_LARGE = 8 * 1024 * 1024
+_METADATA_DIGESTS = ("blake3", "sha256")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file to be uploaded."""
+
+    path: str
+    """Relative to the source, with ``/``; the file's name for a single file."""
+
+    local: str
+    size: int
+    mtime_ns: int
+
+
+def scan(source: str, patterns: Patterns) -> tuple[bool, list[SourceFile]]:
+    """Find the files of ``source``, a file or a folder. Links are followed.
+
+    Returns:
+        Whether it is a folder, and its files sorted by path.
+
+    Raises:
+        InvalidInput: there is nothing there, nothing wanted, or something that is neither a
+            file nor a folder (a socket, a device, a link to nowhere or back up).
+    """
+    try:
+        mode = os.stat(source).st_mode
+    except OSError as exc:
+        raise InvalidInput(
+            f"{source} cannot be uploaded: {exc.strerror}; expected a file or a folder"
+        ) from exc
+    if not stat.S_ISDIR(mode):
+        name = os.path.basename(source)
+        found = [_source_file(name, source)] if patterns.wants(name) else []
+        is_tree = False
+    else:
+        found = [file for file in _walk(source, "", ()) if patterns.wants(file.path)]
+        is_tree = True
+    if not found:
+        raise InvalidInput(
+            f"{source} holds no file to upload; allowed {patterns.allow}, ignored {patterns.ignore}"
+        )
+    return is_tree, sorted(found, key=lambda file: file.path)
+
+
+def _walk(folder: str, base: str, above: tuple[tuple[int, int], ...]) -> Iterator[SourceFile]:
+    try:
+        status = os.stat(folder)
+        names = sorted(os.listdir(folder))
+    except OSError as exc:
+        raise InvalidInput(f"{folder} cannot be read: {exc.strerror}") from exc
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        raise InvalidInput(f"{folder} is a link to a folder that holds it; remove the link")
+    for name in names:
+        path = os.path.join(folder, name)
+        relative = f"{base}{name}"
+        if os.path.isdir(path):
+            yield from _walk(path, f"{relative}/", (*above, identity))
+        else:
+            yield _source_file(relative, path)
+
+
+def _source_file(relative: str, path: str) -> SourceFile:
+    try:
+        status = os.stat(path)
+    except OSError as exc:
+        raise InvalidInput(f"{path} cannot be uploaded: {exc.strerror}") from exc
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidInput(f"{path} is neither a file nor a folder and cannot be uploaded")
+    try:
+        relative.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidInput(
+            f"{relative!r} is not UTF-8 and cannot be the name of an object; rename the file"
+        ) from exc
+    return SourceFile(relative, path, status.st_size, status.st_mtime_ns)
+
+
+def upload(
+    backend: Backend,
+    files: Sequence[SourceFile],
+    key_of: Callable[[SourceFile], str],
+    *,
+    options: TransferOptions,
+    budget: Budget,
+    meter: Meter,
+    if_absent: bool,
+) -> list[ObjectInfo]:
+    """Upload ``files``, each to the key that ``key_of`` gives it.
+
+    Raises:
+        ObjectExistsError: ``if_absent`` and a key is there.
+        IntegrityError: a file changed while it was being read; its object is removed again.
+        TransferError: retries are spent.
+    """
+    results: dict[str, ObjectInfo] = {}
+
+    def send(file: SourceFile, cancel: threading.Event) -> None:
+        results[file.path] = _send(backend, file, key_of(file), options, meter, if_absent)
+
+    # A large file fills the connections by itself; small ones do it together.
+    for file in files:
+        if file.size > _LARGE:
+            run_tasks([partial(send, file)], budget, 1)
+    small = [partial(send, file) for file in files if file.size <= _LARGE]
+    if small:
+        run_tasks(small, budget, len(small))
+    return [results[file.path] for file in files]
+
+
+def _send(
+    backend: Backend,
+    file: SourceFile,
+    key: str,
+    options: TransferOptions,
+    meter: Meter,
+    if_absent: bool,
+) -> ObjectInfo:
+    metadata: dict[str, str] = {}
+    try:
+        if backend.capabilities.metadata:
+            digests = hash_file(file.local, _METADATA_DIGESTS)
+            metadata = {name: digest.hex for name, digest in digests.items()}
+    except OSError as exc:
+        raise DestinationError(f"{file.local} cannot be read: {exc.strerror}") from exc
+    counted = 0
+    lock = threading.Lock()
+
+    def count(sent: int) -> None:
+        nonlocal counted
+        with lock:
+            counted += sent
+        meter.add_bytes(sent)
+
+    def attempt() -> ObjectInfo:
+        nonlocal counted
+        meter.add_bytes(-counted)
+        counted = 0
+        return backend.write(
+            key,
+            file_payload(file.local, file.size),
+            metadata=metadata,
+            content_type=mimetypes.guess_type(file.path)[0] or "application/octet-stream",
+            if_absent=if_absent,
+            on_bytes=count,
+        )
+
+    info = options.retry.run(attempt)
+    _check_unchanged(backend, file, key, info)
+    meter.add_object()
+    return info
+
+
+def _check_unchanged(backend: Backend, file: SourceFile, key: str, info: ObjectInfo) -> None:
+    try:
+        status = os.stat(file.local)
+        now = (status.st_size, status.st_mtime_ns)
+    except OSError:
+        now = (-1, -1)
+    if now == (file.size, file.mtime_ns) and info.size == file.size:
+        return
+    backend.delete([key])
+    raise IntegrityError(
+        f"{file.local} changed while it was being uploaded; its object was removed again; "
+        "upload it when its writer is done"
+    )

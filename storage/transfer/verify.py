@@ -1,0 +1,134 @@
+"""Is it what the store, the uploader and the caller say? Decided before anything is published."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterable, Sequence
+
+from storage.backends.base import ByteRange, ObjectInfo
+from storage.digest import Digest, MultiHasher
+from storage.errors import IntegrityError
+
+__all__ = ["OrderedHasher", "algorithms_for", "check_digests"]
+
+_WINDOW = 8 * 1024 * 1024
+
+
+def algorithms_for(info: ObjectInfo, wanted: Iterable[str]) -> set[str]:
+    """Return the algorithms to run over an object's bytes.
+
+    Those that the caller wants, and one that the store can be held to: the cheapest digest it
+    vouches for, else the MD5 that its ETag seems to be.
+    """
+    algorithms = set(wanted)
+    if not any(digest.algorithm in algorithms for digest in info.digests):
+        if info.digests:
+            algorithms.add(info.digests[0].algorithm)
+        elif info.hint is not None:
+            algorithms.add(info.hint.algorithm)
+    return algorithms
+
+
+def check_digests(
+    where: str, info: ObjectInfo, found: dict[str, Digest], expected: Digest | None
+) -> Digest | None:
+    """Compare the digests of the bytes that arrived with what is known about the object.
+
+    Args:
+        where: the object's URI, for the message.
+        info: what the store says.
+        found: digests of what arrived, by algorithm.
+        expected: what the caller demands of this object.
+
+    Returns:
+        The hint (``ObjectInfo.hint``) if that alone does not match: the backend has to be
+        asked what it is.
+
+    Raises:
+        IntegrityError: the bytes are wrong.
+    """
+    for source, digest in (
+        ("the caller expects", expected),
+        *(("the store says", digest) for digest in info.digests),
+    ):
+        if digest is None or digest.algorithm not in found:
+            continue
+        if found[digest.algorithm] != digest:
+            raise IntegrityError(
+                f"{where}: {source} {digest}, but the bytes that arrived are "
+                f"{found[digest.algorithm]}; nothing was published; the object or the way to "
+                "it is damaged, or the digest belongs to another version"
+            )
+    hint = info.hint
+    if hint is not None and hint.algorithm in found and found[hint.algorithm] != hint:
+        return hint
+    return None
+
+
+class OrderedHasher:
+    """Hashes a file whose parts are completed in any order, as soon as order allows.
+
+    Whichever thread completes the next part in order hashes it, and what has been waiting
+    behind it, from the page cache; no thread waits for another.
+    """
+
+    def __init__(self, descriptor: int, parts: Sequence[ByteRange]) -> None:
+        """Watch the ``parts`` of the open file ``descriptor``."""
+        self._descriptor = descriptor
+        self._parts = parts
+        self._complete: set[int] = set()
+        self._next = 0
+        self._busy = False
+        self._lock = threading.Lock()
+        self._hasher: MultiHasher | None = None
+        self._needed = False
+
+    def start(self, algorithms: Iterable[str]) -> None:
+        """Choose the algorithms; before part 0 is reported."""
+        names = tuple(algorithms)
+        self._hasher = MultiHasher(names)
+        self._needed = bool(names)
+
+    def part_done(self, index: int) -> bool:
+        """Report that part ``index`` is in the file; tell whether that completed the hash."""
+        with self._lock:
+            self._complete.add(index)
+            if self._busy:
+                return False  # whoever is at it will see this part
+            self._busy = True
+        try:
+            while (part := self._take()) is not None:
+                self._hash(part)
+        except BaseException:
+            self._busy = False
+            raise
+        return self._next == len(self._parts)
+
+    def _take(self) -> ByteRange | None:
+        with self._lock:
+            if self._next not in self._complete:
+                self._busy = False
+                return None
+            self._complete.remove(self._next)
+            self._next += 1
+            return self._parts[self._next - 1]
+
+    def _hash(self, part: ByteRange) -> None:
+        assert self._hasher is not None, "start() comes before part 0"
+        if not self._needed:
+            return
+        for start in range(part.start, part.end, _WINDOW):
+            length = min(_WINDOW, part.end - start)
+            with (
+                mmap.mmap(
+                    self._descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=start
+                ) as window,
+                memoryview(window) as view,
+            ):
+                self._hasher.update(view)
+
+    def digests(self) -> dict[str, Digest]:
+        """Return the digests of the whole file; after every part was reported."""
+        assert self._hasher is not None
+        return self._hasher.digests()

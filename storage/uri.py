@@ -1,0 +1,326 @@
+"""Storage URIs: text in, a frozen :class:`Location` out. No network, no disk.
+
+A key is literal: nothing in it is percent-decoded, globbed or normalised, so every name that
+a store can hold can be written as a URI. Only two suffixes mean something, and only in this
+exact form: a version pin (``?versionId=…``, ``?generation=…``) and an expected digest
+(``#sha256=<64 hex>`` or ``#blake3=<64 hex>``, pip's convention). For ``http`` and ``https``
+the text is a URL and follows RFC 3986 instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from storage.errors import InvalidInput, one_line, redact
+
+__all__ = [
+    "AZURE_URI_FORMAT",
+    "GCS_URI_FORMAT",
+    "HF_URI_FORMAT",
+    "HTTP_URI_FORMAT",
+    "LOCAL_URI_FORMAT",
+    "PVC_URI_FORMAT",
+    "S3_URI_FORMAT",
+    "SUPPORTED_PROTOCOLS",
+    "Location",
+    "parse_uri",
+]
+
+S3_URI_FORMAT = "s3://bucket-name/path/to/model/"
+GCS_URI_FORMAT = "gs://bucket-name/path/to/model/"
+AZURE_URI_FORMAT = "azure://container-name/path/to/model/"
+PVC_URI_FORMAT = "pvc://pvc-name/path/to/model/"
+LOCAL_URI_FORMAT = "file:///path/to/model/"
+HTTP_URI_FORMAT = "https://example.com/model.tar.gz"
+HF_URI_FORMAT = "hf://username/model-name"
+
+SUPPORTED_PROTOCOLS: dict[str, str] = {
+    "s3": "Amazon S3 and S3-compatible storage",
+    "gs": "Google Cloud Storage",
+    "azure": "Azure Blob Storage",
+    "pvc": "Kubernetes Persistent Volume Claims",
+    "file": "Local filesystem",
+    "http": "HTTP/HTTPS downloads",
+    "https": "Secure HTTP downloads",
+    "hf": "HuggingFace Hub models",
+}
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_DIGEST = re.compile(r"#(sha256|blake3)=([0-9a-fA-F]{64})$")
+_CANONICAL = {"gcs": "gs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_PIN = {
+    "s3": re.compile(r"\?versionId=([^?&#/]+)$"),
+    "gs": re.compile(r"\?generation=([0-9]+)$"),
+    "azure": re.compile(r"\?versionId=([^?&#/]+)$"),
+}
+# A name that reaches a host name or a folder: nothing in it may end the one or leave the other.
+_BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._$-]{0,254}")
+_AZURE_HOST = re.compile(
+    r"([a-z0-9]{3,24})\.(?:blob|dfs)\.core\.(windows\.net|usgovcloudapi\.net|chinacloudapi\.cn)"
+)
+_HF_SPECIAL_REVISION = re.compile(r"refs/(?:convert/[\w.-]+|pr/\d+)")
+_HF_KINDS = {"datasets": "dataset", "spaces": "space", "models": "model"}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a model is: a store and a literal key in it.
+
+    Attributes:
+        scheme: canonical scheme (``gs`` for ``gcs``, ``azure`` for all its forms).
+        bucket: bucket, container, claim, Hub repository, or host; empty for local paths.
+        key: the literal key; for ``file`` the absolute path without its leading slash.
+        version: object version, generation or Hub revision that the URI pins.
+        digest: expected digest of the content as ``algorithm:hex``.
+        account: Azure storage account named by the URI.
+        domain: domain suffix of that account's cloud (``windows.net`` and its siblings).
+        repo_type: ``model``, ``dataset`` or ``space`` for Hub URIs.
+        url: the complete URL for ``http``, ``https`` and generic schemes. May hold a
+            credential; it is not part of the representation.
+        query: credential-bearing query of an Azure URL (a SAS token); not shown either.
+    """
+
+    scheme: str
+    bucket: str
+    key: str
+    version: str | None = None
+    digest: str | None = None
+    account: str | None = None
+    domain: str | None = None
+    repo_type: str | None = None
+    url: str | None = field(default=None, repr=False)
+    query: str | None = field(default=None, repr=False)
+
+    @property
+    def type(self) -> str:
+        """The kind of store: the scheme, with ``http`` for ``https`` too."""
+        return "http" if self.scheme == "https" else self.scheme
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the bytes are on a file system of this machine already."""
+        return self.scheme in ("file", "pvc")
+
+    @property
+    def forces_tree(self) -> bool:
+        """Whether only a tree can be meant: a trailing slash, or a whole bucket."""
+        return not self.key or self.key.endswith("/")
+
+    @property
+    def name(self) -> str:
+        """The last part of the key, which names a downloaded file. May be empty."""
+        path = self.key.rstrip("/")
+        name = path.rsplit("/", 1)[-1]
+        return unquote(name) if self.type == "http" else name
+
+    def child(self, path: str) -> Location:
+        """Return the location of ``path`` (relative, literal) below this one."""
+        separator = "" if self.forces_tree else "/"
+        return replace(self, key=f"{self.key}{separator}{path}", version=None, digest=None)
+
+    def __str__(self) -> str:
+        """The canonical URI, without anything that may be a credential."""
+        if self.url is not None:
+            return redact(self.url)
+        pin = ""
+        if self.version is not None:
+            pin = {"gs": "?generation=", "hf": "@"}.get(self.scheme, "?versionId=") + self.version
+        if self.scheme == "file":
+            return f"/{self.key}"
+        if self.scheme == "hf":
+            kind = "" if self.repo_type == "model" else f"{self.repo_type}s/"
+            tail = f"/{self.key}" if self.key else ""
+            return f"hf://{kind}{self.bucket}{pin}{tail}"
+        if self.account is not None:
+            return f"abfss://{self.bucket}@{self.account}.dfs.core.{self.domain}/{self.key}{pin}"
+        return f"{self.scheme}://{self.bucket}/{self.key}{pin}"
+
+    def spec(self) -> dict[str, Any]:
+        """Return a plain dict: ``type``, ``scheme``, ``bucket``, ``path``, ``uri`` and more.
+
+        The store's own words are there beside the common ones: ``container`` and ``account``
+        (Azure), ``claim`` (pvc), ``host`` (HTTP), ``repo_id``, ``repo_type`` and ``revision``
+        (Hub); ``version`` and ``digest`` where the URI names them.
+        """
+        spec: dict[str, Any] = {
+            "type": self.type,
+            "scheme": self.scheme,
+            "bucket": self.bucket,
+            "path": f"/{self.key}" if self.scheme == "file" else self.key,
+            "uri": str(self),
+        }
+        if self.scheme == "azure":
+            spec |= {"container": self.bucket, "account": self.account}
+        elif self.scheme == "pvc":
+            spec["claim"] = self.bucket
+        elif self.type == "http":
+            spec["host"] = self.bucket
+        elif self.scheme == "hf":
+            spec |= {
+                "repo_id": self.bucket,
+                "repo_type": self.repo_type,
+                "revision": self.version or "main",
+            }
+        if self.version is not None:
+            spec["version"] = self.version
+        if self.digest is not None:
+            spec["digest"] = self.digest
+        return spec
+
+
+def parse_uri(uri: str | os.PathLike[str]) -> Location:
+    """Parse a storage URI or a plain local path.
+
+    Raises:
+        InvalidInput: the text is empty, names no bucket, or holds a NUL or a line break.
+    """
+    text = os.fspath(uri) if isinstance(uri, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text:
+        kind = "an empty string" if text == "" else f"a {type(uri).__name__}"
+        raise InvalidInput(f"a storage URI or a path is needed, not {kind}")
+    if "\0" in text:
+        raise InvalidInput(f"{one_line(text)!r} holds a NUL character, which no store can")
+    digest = None
+    if fragment := _DIGEST.search(text):
+        digest = f"{fragment.group(1)}:{fragment.group(2).lower()}"
+        text = text[: fragment.start()]
+    match = _SCHEME.fullmatch(text)
+    if match is None:
+        if not text:
+            raise InvalidInput("a storage URI or a path is needed before the digest")
+        return replace(_parse_path(text), digest=digest)
+    scheme = match.group(1).lower()
+    scheme = _CANONICAL.get(scheme, scheme)
+    parse = _PARSERS.get(scheme, _parse_generic)
+    return replace(parse(scheme, match.group(2), text), digest=digest)
+
+
+def _parse_path(path: str) -> Location:
+    absolute = os.path.abspath(path)
+    # A trailing slash means "a tree"; abspath drops it.
+    if path.endswith("/") and absolute != "/":
+        absolute += "/"
+    return Location("file", "", absolute.lstrip("/"))
+
+
+def _parse_file(scheme: str, rest: str, text: str) -> Location:
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise InvalidInput(
+            f"{one_line(text)!r}: a file URI has three slashes and an absolute path, "
+            f"as in {LOCAL_URI_FORMAT}"
+        )
+    return _parse_path("/" + path)
+
+
+def _parse_bucket(scheme: str, rest: str, text: str) -> Location:
+    version = None
+    if (pattern := _PIN.get(scheme)) and (pin := pattern.search(rest)):
+        version = pin.group(1)
+        rest = rest[: pin.start()]
+    bucket, _, key = rest.partition("/")
+    _check_bucket(scheme, bucket, text)
+    if version is not None and (not key or key.endswith("/")):
+        raise InvalidInput(f"{one_line(text)!r}: a version belongs to one object, not to a tree")
+    return Location(scheme, bucket, key, version)
+
+
+def _check_bucket(scheme: str, bucket: str, text: str) -> None:
+    if not _BUCKET.fullmatch(bucket) or ".." in bucket:
+        found = f"{bucket!r} is not a name" if bucket else "there is no name"
+        raise InvalidInput(
+            f"{one_line(text)!r}: {found} of a bucket, container or claim; "
+            f"expected {scheme}://name/path"
+        )
+
+
+def _parse_pvc(scheme: str, rest: str, text: str) -> Location:
+    location = _parse_bucket(scheme, rest, text)
+    if ".." in location.key.split("/"):
+        raise InvalidInput(f"{one_line(text)!r}: '..' may not leave the claim; name the path")
+    return location
+
+
+def _parse_azure(scheme: str, rest: str, text: str) -> Location:
+    authority, slash, key = rest.partition("/")
+    container, at, host = authority.partition("@")
+    if not at:
+        return _parse_bucket(scheme, rest, text)
+    account = _AZURE_HOST.fullmatch(host.lower())
+    if account is None:
+        raise InvalidInput(
+            f"{one_line(text)!r}: {host!r} is not the host of an Azure storage account; "
+            "expected abfss://container@account.dfs.core.windows.net/path"
+        )
+    location = _parse_bucket(scheme, f"{container}{slash}{key}", text)
+    return replace(location, account=account.group(1), domain=account.group(2))
+
+
+def _parse_http(scheme: str, rest: str, text: str) -> Location:
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise InvalidInput(f"{one_line(text)!r}: a URL holds no control characters")
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as exc:
+        raise InvalidInput(f"{one_line(text)!r} is not a URL: {exc}") from exc
+    if not host:
+        raise InvalidInput(f"{one_line(text)!r}: there is no host; as in {HTTP_URI_FORMAT}")
+    # Matched on the parsed host alone, never on the text: a look-alike such as
+    # https://evil.example/https://a.blob.core.windows.net/ stays what it is, plain HTTP.
+    account = _AZURE_HOST.fullmatch(host)
+    if account and scheme == "https" and port in (None, 443) and parts.username is None:
+        container, _, key = parts.path.lstrip("/").partition("/")
+        _check_bucket("azure", container, text)
+        return Location(
+            "azure",
+            container,
+            unquote(key),
+            account=account.group(1),
+            domain=account.group(2),
+            query=parts.query or None,
+        )
+    netloc = f"{host}:{port}" if port else host
+    return Location(scheme, netloc, parts.path.lstrip("/"), url=text)
+
+
+def _parse_hf(scheme: str, rest: str, text: str) -> Location:
+    repo_type = "model"
+    first, _, tail = rest.partition("/")
+    if first in _HF_KINDS:
+        repo_type, rest = _HF_KINDS[first], tail
+    # The repository ends at its revision, else after "owner/name" ("gpt2" has no owner).
+    repo = re.match(r"[^/@:]+(?:/[^/@:]+)?", rest)
+    if repo is None or ".." in repo.group(0):
+        raise InvalidInput(f"{one_line(text)!r}: there is no repository; as in {HF_URI_FORMAT}")
+    rest = rest[repo.end() :]
+    revision = None
+    if rest[:1] in ("@", ":"):
+        special = _HF_SPECIAL_REVISION.match(rest, 1)
+        end = special.end() if special else (rest.find("/") if "/" in rest else len(rest))
+        revision, rest = unquote(rest[1:end]), rest[end:]
+        if not revision:
+            raise InvalidInput(f"{one_line(text)!r}: the revision after '@' or ':' is missing")
+    return Location("hf", repo.group(0), rest.lstrip("/"), revision, repo_type=repo_type)
+
+
+def _parse_generic(scheme: str, rest: str, text: str) -> Location:
+    authority, _, key = rest.partition("/")
+    return Location(scheme, authority.rpartition("@")[2], key, url=text)
+
+
+_PARSERS = {
+    "s3": _parse_bucket,
+    "gs": _parse_bucket,
+    "memory": _parse_bucket,
+    "azure": _parse_azure,
+    "pvc": _parse_pvc,
+    "file": _parse_file,
+    "http": _parse_http,
+    "https": _parse_http,
+    "hf": _parse_hf,
+}
