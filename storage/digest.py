@@ -1,10 +1,10 @@
-"""Digests of files and trees: a hash never travels without the name of its algorithm.
+r"""Digests of files and trees: a hash never travels without the name of its algorithm.
 
 The digest of a *tree* is the digest of its listing: one line ``<hex digest>  <path>`` for
 each file, sorted by the bytes of the path, exactly what ``sha256sum`` (or ``b3sum``) prints
 for the sorted paths. It can be checked without this library::
 
-    find . -type f -printf '%P\\0' | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
+    find . -type f -printf '%P\0' | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
 """
 
 from __future__ import annotations

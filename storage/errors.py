@@ -62,7 +62,7 @@ __all__ = [
 # A URL anywhere in a text: user information before the host and everything from the first
 # "?" on may be a credential (SAS tokens and presigned URLs keep theirs in the query).
 _USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s@]*@")
-_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>)]*")
+_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?\"<>]*)\?[^\s\"<>]*")
 # What a request's headers look like when an SDK prints them.
 _HEADER = re.compile(
     r"(?i)\b(authorization|x-amz-security-token|cookie|proxy-authorization|x-ms-copy-source"
@@ -102,7 +102,9 @@ class ModelMissingError(StorageError, FileNotFoundError):
 
     def __init__(self, path: str, detail: str | None = None) -> None:
         """Keep the missing ``path`` (a URI or a local path) and an optional ``detail``."""
-        super().__init__(path, detail)
+        # ``args`` are shown by repr() and by log handlers, so they hold no secret either.
+        super().__init__(redact(path), detail)
+        self.errno = errno.ENOENT
         self.path = redact(path)
         self.detail = detail
 
@@ -211,7 +213,7 @@ class ObjectChangedError(TransferError):
     """The object is no longer the one that the read was pinned to."""
 
 
-class ModelNotFound(Exception):  # noqa: N818 -- the name that model servers catch
+class ModelNotFound(Exception):
     """A model server was asked for a model that it does not have."""
 
     def __init__(self, model_name: str | None = None) -> None:

@@ -29,7 +29,7 @@ from storage.errors import (
     AuthenticationError,
     BucketMissingError,
     ConfigurationError,
-    InsufficientSpaceError,
+    IntegrityError,
     InvalidInput,
     ModelMissingError,
     ObjectChangedError,
@@ -59,6 +59,10 @@ _INEXPRESSIBLE = re.compile(r"(?:^|/)(?:\.{0,2})(?:/|$)|[\x00-\x1f\x7f]")
 _STATUS = re.compile(r"\bStatus \{\s*\n\s*status: (\d{3})")
 _KIND = re.compile(r"\bHttpError \{\s*\n\s*kind: (\w+)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
+_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+
+Classify = Callable[[str, str, int, str], StorageError]
+"""Says what an error answer means: (URI, error code or "", HTTP status, message) → error."""
 
 
 class ObstoreBackend:
@@ -72,6 +76,7 @@ class ObstoreBackend:
         options: OpenOptions,
         capabilities: Capabilities,
         second: Callable[[], Backend],
+        classify: Classify,
         copy_limit: int | None = None,
     ) -> None:
         """Describe the bucket; nothing is opened yet.
@@ -83,6 +88,7 @@ class ObstoreBackend:
             options: connections, time-outs, memory.
             capabilities: of the store through both drivers.
             second: returns the second driver for the same bucket.
+            classify: what the store's error answers mean.
             copy_limit: bytes above which a copy within the store is left to ``second``.
         """
         self.name = f"{scheme} (obstore)"
@@ -91,6 +97,7 @@ class ObstoreBackend:
         self._make_store = make_store
         self._options = options
         self._make_second = second
+        self._classify = classify
         self._copy_limit = copy_limit
         self._lock = threading.Lock()
         self._opened: tuple[int, Any] | None = None
@@ -116,17 +123,39 @@ class ObstoreBackend:
     def _where(self, key: str) -> str:
         return f"{self._uri}{key}"
 
+    def _translated(self, key: str) -> _translated:
+        return _translated(self._where(key), self._classify)
+
+    def _expressible(self, key: str) -> bool:
+        """Tell whether obstore can name ``key``; the second driver takes the others."""
+        if not key or "\0" in key:
+            raise InvalidInput(f"{self._where(key)!r}: a key is not empty and holds no NUL")
+        return _INEXPRESSIBLE.search(key) is None
+
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
-        if not _expressible(key):
+        if not self._expressible(key):
             return self._second().stat(key, version)
         options: dict[str, Any] = {"head": True}
         if version is not None:
             options["version"] = version
-        with _translated(self._where(key)):
-            return _info(key, _obstore().get(self._store(), key, options=options))
+        try:
+            with self._translated(key):
+                info = _info(key, _obstore().get(self._store(), key, options=options))
+        except StorageError as exc:
+            if type(exc) is not StorageError:
+                raise
+            # Refused for a reason that only the body of an answer tells: expired credentials,
+            # or a version that cannot be one. obstore asks by HEAD, which has none.
+            return self._second().stat(key, version)
+        if version is not None and info.version != version:
+            # A store without versions ignores the wish for one.
+            raise ModelMissingError(
+                self._where(key), f"{self._where(key)} has no version {version!r}"
+            )
+        return info
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        if prefix and not _expressible(prefix[:-1]):
+        if prefix and not self._expressible(prefix[:-1]):
             yield from self._second().list(prefix)
             return
         seen: set[str] = set()
@@ -142,7 +171,7 @@ class ObstoreBackend:
 
     def _list(self, prefix: str) -> Iterator[ObjectInfo]:
         empty: set[str] = set()
-        with _translated(self._where(prefix)):
+        with self._translated(prefix):
             pages = _obstore().list(self._store(), prefix[:-1] or None, chunk_size=1000)
             for page in pages:
                 for meta in page:
@@ -170,7 +199,7 @@ class ObstoreBackend:
         return True
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
-        if not _expressible(key):
+        if not self._expressible(key):
             return self._second().read(key, span, pin)
         options: dict[str, Any] = {}
         if span is not None:
@@ -179,7 +208,7 @@ class ObstoreBackend:
             options["if_match"] = pin.etag
         if pin is not None and pin.version is not None:
             options["version"] = pin.version
-        with _translated(self._where(key)):
+        with self._translated(key):
             result = _obstore().get(self._store(), key, options=options)
             start, end = result.range
         expected = end - start
@@ -193,7 +222,7 @@ class ObstoreBackend:
 
     def _chunks(self, key: str, result: Any, expected: int) -> Iterator[Buffer]:
         arrived = 0
-        with _translated(self._where(key)):
+        with self._translated(key):
             for chunk in result.stream(min_chunk_size=_STREAM_CHUNK):
                 arrived += len(chunk)
                 yield chunk
@@ -213,10 +242,12 @@ class ObstoreBackend:
         if_match: ObjectInfo | None = None,
         on_bytes: Callable[[int], object] | None = None,
     ) -> ObjectInfo:
+        if if_match is not None and if_match.etag is None:
+            raise InvalidInput(f"{self._where(key)}: if_match needs an ETag to compare with")
         conditional = if_absent or if_match is not None
         small = payload.size is not None and payload.size <= _SINGLE_PUT_LIMIT
         # A conditional put of obstore's is one request with everything in memory.
-        if not _expressible(key) or (conditional and not small):
+        if not self._expressible(key) or (conditional and not small):
             return self._second().write(
                 key,
                 payload,
@@ -237,8 +268,8 @@ class ObstoreBackend:
             if if_match.version is not None:
                 mode["version"] = if_match.version
         part_size = _part_size(payload.size)
-        with payload.open() as stream, _translated(self._where(key)):
-            blocks = _Blocks(stream, part_size, on_bytes)
+        with payload.open() as stream, self._translated(key):
+            blocks = _Blocks(stream, part_size, payload.size, self._where(key), on_bytes)
             result = _obstore().put(
                 self._store(),
                 key,
@@ -260,25 +291,25 @@ class ObstoreBackend:
         )
 
     def copy(self, source: str, key: str, *, version: str | None = None) -> None:
-        awkward = version is not None or not (_expressible(source) and _expressible(key))
+        awkward = version is not None or not (self._expressible(source) and self._expressible(key))
         if not awkward and self._copy_limit is not None:
             size = self.stat(source).size
             awkward = size is None or size > self._copy_limit
         if awkward:
             self._second().copy(source, key, version=version)
             return
-        with _translated(self._where(source)):
+        with self._translated(source):
             _obstore().copy(self._store(), source, key)
 
     def delete(self, keys: Sequence[str]) -> None:
-        awkward = [key for key in keys if not _expressible(key)]
-        plain = [key for key in keys if _expressible(key)]
+        awkward = [key for key in keys if not self._expressible(key)]
+        plain = [key for key in keys if self._expressible(key)]
         if awkward:
             self._second().delete(awkward)
         if not plain:
             return
         try:
-            with _translated(self._uri):
+            with self._translated(""):
                 _obstore().delete(self._store(), plain)
         except BucketMissingError:
             raise
@@ -289,15 +320,15 @@ class ObstoreBackend:
 
     def _delete_one(self, key: str) -> None:
         try:
-            with _translated(self._where(key)):
+            with self._translated(key):
                 _obstore().delete(self._store(), key)
         except ModelMissingError:
             return
 
     def sign(self, key: str, method: str, expires: float) -> str:
-        if not _expressible(key):
+        if not self._expressible(key):
             return self._second().sign(key, method, expires)
-        with _translated(self._where(key)):
+        with self._translated(key):
             url: str = _obstore().sign(self._store(), method, key, timedelta(seconds=expires))
         return url
 
@@ -327,10 +358,6 @@ def _obstore() -> Any:
             'run: pip install "modelstorage[all]" (or the extra s3, gcs or azure)'
         ) from exc
     return obstore
-
-
-def _expressible(key: str) -> bool:
-    return _INEXPRESSIBLE.search(key) is None
 
 
 def _version(version: str | None) -> str | None:
@@ -371,29 +398,55 @@ def _part_size(size: int | None) -> int:
 
 
 class _Blocks:
-    """A stream as blocks of one part each, counted as they are taken."""
+    """A stream as blocks of one part each, counted as they are taken.
+
+    Raises instead of ending if the stream is not of the announced size, so that no wrong
+    object is completed.
+    """
 
     def __init__(
-        self, stream: BinaryIO, size: int, on_bytes: Callable[[int], object] | None
+        self,
+        stream: BinaryIO,
+        part_size: int,
+        announced: int | None,
+        where: str,
+        on_bytes: Callable[[int], object] | None,
     ) -> None:
         self._stream = stream
-        self._size = size
+        self._part_size = part_size
+        self._announced = announced
+        self._where = where
         self._on_bytes = on_bytes
         self.total = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        while block := self._stream.read(self._size):
-            self.total += len(block)
+        while block := self._next():
             yield block
             if self._on_bytes is not None:
                 self._on_bytes(len(block))
+        if self._announced is not None and self.total != self._announced:
+            raise IntegrityError(
+                f"{self._where}: {self._announced} bytes were announced and {self.total} came; "
+                "the source changed while it was read; nothing was stored"
+            )
+
+    def _next(self) -> bytes:
+        pieces = []
+        missing = self._part_size
+        while missing and (piece := self._stream.read(missing)):
+            pieces.append(piece)
+            missing -= len(piece)
+        block = b"".join(pieces)
+        self.total += len(block)
+        return block
 
 
 class _translated:  # noqa: N801 -- used as a statement
     """Turn obstore's exceptions into ours."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, classify: Classify) -> None:
         self._where = where
+        self._classify = classify
 
     def __enter__(self) -> None:
         return None
@@ -401,76 +454,56 @@ class _translated:  # noqa: N801 -- used as a statement
     def __exit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
         if exc is None or isinstance(exc, StorageError) or not isinstance(exc, Exception):
             return
-        error = _classify(exc, self._where)
+        error = _error_for(exc, self._where, self._classify)
         if error is not None:
             raise error from exc
 
 
-def _classify(exc: Exception, where: str) -> StorageError | None:
+def _error_for(exc: Exception, where: str, classify: Classify) -> StorageError | None:
     from obstore import exceptions
 
     text = str(exc)
-    summary = one_line(text.split("\n\nDebug source:")[0].split(" - ", 1)[-1])
-    code = match.group(1) if (match := _CODE.search(text)) else None
+    head, _, debug = text.partition("\n\nDebug source:")
     if isinstance(exc, exceptions.AlreadyExistsError):
         return ObjectExistsError(f"{where} exists already and is not to be overwritten")
     if isinstance(exc, exceptions.PreconditionError):
         return ObjectChangedError(f"{where} is no longer the version that was asked for")
+    if isinstance(exc, exceptions.NotSupportedError):
+        return UnsupportedOperation(f"{where}: the store cannot do that: {_last(head)}")
+    if isinstance(exc, exceptions.InvalidPathError):
+        return InvalidInput(f"{where}: a key cannot be expressed: {_last(head)}")
+    if match := _STATUS.search(debug):
+        code = found.group(1) if (found := _CODE.search(head)) else ""
+        message = found.group(1) if (found := _MESSAGE.search(head)) else ""
+        return classify(where, code, int(match.group(1)), message)
     if isinstance(exc, FileNotFoundError):
-        if code in ("NoSuchBucket", "ContainerNotFound"):
-            return BucketMissingError(where)
         return ModelMissingError(where)
     if isinstance(exc, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)):
-        return _denied(where, summary)
-    if isinstance(exc, (exceptions.NotSupportedError, NotImplementedError)):
-        return UnsupportedOperation(f"{where}: the store cannot do that: {summary}")
-    if isinstance(exc, exceptions.InvalidPathError):
-        return InvalidInput(f"{where}: the key cannot be expressed: {summary}")
+        return AuthenticationError(f"{where}: access was refused: {_last(head)}")
     if isinstance(exc, exceptions.BaseError):
-        return _classify_response(text, where, summary, code)
+        return _unanswered(text, where, head)
     if isinstance(exc, (ConnectionError, TimeoutError)):
-        return TransientError(f"{where}: {summary}")
+        return TransientError(f"{where}: {_last(head)}")
     if isinstance(exc, ValueError):
-        return ConfigurationError(f"{where}: the store's settings are refused: {summary}")
+        return ConfigurationError(f"{where}: the store's settings are refused: {_last(head)}")
     return None
 
 
-def _classify_response(text: str, where: str, summary: str, code: str | None) -> StorageError:
-    if match := _STATUS.search(text):
-        status = int(match.group(1))
-        if status in (401, 403):
-            return _denied(where, summary)
-        if status == 404:
-            if code in ("NoSuchBucket", "ContainerNotFound") or code is None:
-                return BucketMissingError(where)
-            return ModelMissingError(where)
-        if status == 412:
-            return ObjectChangedError(f"{where} is no longer the version that was asked for")
-        if status == 507:
-            return InsufficientSpaceError(f"{where}: the store's disk is full: {summary}")
-        if status in (408, 409, 429) or status >= 500:
-            return TransientError(f"{where}: the store answered {summary}")
-        return StorageError(f"{where}: the store refused the request: {summary}")
-    if "invalid peer certificate" in text or "InvalidCertificate" in text:
+def _unanswered(text: str, where: str, head: str) -> StorageError:
+    """Classify what went wrong below HTTP."""
+    if "invalid peer certificate" in text:
         return ConfigurationError(
             f"{where}: the store's TLS certificate is not trusted; name its authority in "
             "ca_bundle, or SSL_CERT_FILE"
         )
-    if match := _KIND.search(text):
-        if match.group(1) == "Connect":
-            return UnreachableError(
-                f"{where}: nobody answers at the store's address: {summary}; check the "
-                "endpoint, the network and the proxy"
-            )
-        return TransientError(f"{where}: {summary}")
-    if "redential" in text:
-        # The credential provider failed: its own message stands in the debug form's head.
-        return _denied(where, summary)
-    return TransientError(f"{where}: {summary}")
+    kind = match.group(1) if (match := _KIND.search(text)) else None
+    if kind == "Connect":
+        return UnreachableError(
+            f"{where}: nobody answers at the store's address ({_last(head)}); check the "
+            "endpoint, the network and the proxy"
+        )
+    return TransientError(f"{where}: {_last(head)}")
 
 
-def _denied(where: str, summary: str) -> AuthenticationError:
-    return AuthenticationError(
-        f"{where}: the store refused access: {summary}; check the credentials and that they "
-        "permit this operation"
-    )
+def _last(head: str) -> str:
+    return one_line(head.rsplit(" - ", 1)[-1])

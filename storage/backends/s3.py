@@ -41,9 +41,7 @@ def open_backend(location: Location, config: S3Config | None, options: OpenOptio
     def second() -> Backend:
         from storage.backends.s3_fsspec import S3FsspecBackend
 
-        return S3FsspecBackend(
-            bucket, s3fs_arguments(config, options), options, copy_limit=copy_limit
-        )
+        return S3FsspecBackend(bucket, s3fs_arguments(config), options, copy_limit=copy_limit)
 
     if config is not None and config.driver == "fsspec":
         return second()
@@ -57,9 +55,16 @@ def open_backend(location: Location, config: S3Config | None, options: OpenOptio
                 "S3 needs the package obstore, which is not installed; "
                 'run: pip install "modelstorage[s3]"'
             ) from exc
-        return S3Store(bucket, **obstore_arguments(bucket, config, options))
+        arguments = obstore_arguments(bucket, config, options)
+        if provider := arguments.get("credential_provider"):
+            provider()  # what fails in here keeps its own error; obstore would wrap it
+        return S3Store(bucket, **arguments)
 
-    return ObstoreBackend(uri, "s3", make_store, options, _CAPABILITIES, second, copy_limit)
+    from storage.backends.s3_answers import from_code
+
+    return ObstoreBackend(
+        uri, "s3", make_store, options, _CAPABILITIES, second, from_code, copy_limit
+    )
 
 
 def obstore_arguments(bucket: str, config: S3Config | None, options: OpenOptions) -> dict[str, Any]:
@@ -109,17 +114,10 @@ def obstore_arguments(bucket: str, config: S3Config | None, options: OpenOptions
     return arguments
 
 
-def s3fs_arguments(config: S3Config | None, options: OpenOptions) -> dict[str, Any]:
-    """Return what ``s3fs.S3FileSystem`` gets."""
+def s3fs_arguments(config: S3Config | None) -> dict[str, Any]:
+    """Return what ``s3fs.S3FileSystem`` gets; the driver adds time-outs and pool sizes."""
     client: dict[str, Any] = {"region_name": _region(config)}
-    botocore: dict[str, Any] = {
-        "connect_timeout": options.connect_timeout,
-        "read_timeout": options.stall_timeout,
-        "max_pool_connections": options.connections,
-        "retries": {"max_attempts": 0},
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-    }
+    botocore: dict[str, Any] = {}
     arguments: dict[str, Any] = {
         "client_kwargs": client,
         "config_kwargs": botocore,
@@ -300,6 +298,10 @@ class _BotocoreCredentials:
 
             config = self._config
             session = botocore.session.Session(profile=config.profile if config else None)
+            if config is not None and config.metadata_endpoint is not None:
+                session.set_config_variable(
+                    "ec2_metadata_service_endpoint", config.metadata_endpoint
+                )
             if config is not None and config.access_key_id and config.secret_access_key:
                 token = config.session_token
                 session.set_credentials(

@@ -15,7 +15,7 @@ from storage.client.download import Download
 from storage.digest import Digest
 from storage.errors import InvalidInput, ObjectExistsError, UnsupportedOperation, redact
 from storage.transfer.copy import stream_copy
-from storage.transfer.engine import Budget, TransferOptions, run_tasks
+from storage.transfer.engine import PART_GRANULE, Budget, TransferOptions, run_tasks
 from storage.transfer.plan import Patterns, Plan, make_plan, resolve
 from storage.transfer.progress import Meter, ProgressCallback
 from storage.transfer.reader import open_reader
@@ -391,8 +391,14 @@ class StorageClient:
     def _resolve_config(self, location: Location, config: Any) -> Any:
         from storage.config import resolve_config
 
-        config = config if config is not None else self._config
+        if config is None and self._config is not None and self._default_fits(location):
+            config = self._config
         return resolve_config(location, config, self.settings)
+
+    def _default_fits(self, location: Location) -> bool:
+        """Tell whether the client's own config is meant for stores of this kind."""
+        kind = getattr(self._config, "uri_type", location.type)
+        return kind in (location.type, "*") and location.scheme not in ("file", "memory")
 
     def _resolve_all(self, location: Location, config: Any) -> tuple[bool, list[ObjectInfo]]:
         is_tree, found = resolve(self.backend(location, config), location)
@@ -405,7 +411,7 @@ class StorageClient:
             transfer = self.settings.transfer
             self._options = TransferOptions(
                 transfer.connections,
-                transfer.part_size,
+                -(-transfer.part_size // PART_GRANULE) * PART_GRANULE,
                 RetryPolicy(transfer.attempts, transfer.retry_timeout),
                 self.settings.durable,
             )

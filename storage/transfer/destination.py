@@ -6,10 +6,13 @@
         lock  content/                 content becomes parent/name by one rename
 
 Files and trees appear under their final name whole or not at all. What a killed download left
-is recognised by its free lock and removed by the next download to the same place. Where the
-destination is a mount point, or its parent cannot be written, the staging folder is inside
-the destination and the entries are moved one by one, last; ``moving`` lists them, so that an
-interrupted move can be undone.
+is recognised by its free lock and removed by the next download to the same place.
+
+Where the destination is a mount point or the working directory, or its parent cannot be
+written, the staging folder is inside the destination, and the entries move one by one, last:
+the old ones into ``old/``, then the new ones to their place. ``moving`` lists them from the
+first rename to the last. Only while it exists is the destination neither old nor new; the next
+download finishes what it lists, before anything else. A move that fails is undone.
 
 A tree that this library published carries the extended attribute ``user.modelstorage.tree``:
 a fingerprint of its paths and sizes. It is what allows a later download to replace the tree,
@@ -19,14 +22,12 @@ and it stops doing so as soon as somebody adds, removes or resizes a file in it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
 import os
 import re
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from types import TracebackType
@@ -41,18 +42,20 @@ from storage.errors import (
     ObjectExistsError,
     StorageError,
 )
+from storage.transfer import trees
 
 __all__ = ["Destination", "check_space", "translate_os_errors"]
 
-_XATTR = "user.modelstorage.tree"
 _CONTENT = "content"
 _LOCK = "lock"
 _MOVING = "moving"
+_OLD = "old"
 _INSIDE = ".storage"
 # The root of an ext4 volume has it; an otherwise empty mount point counts as empty.
 _FIXTURES = frozenset({"lost+found"})
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
+# Seconds; moving the entries of a tree takes a fraction of one.
+_MOVE_TIMEOUT = 60.0
+_CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class Destination:
@@ -101,11 +104,12 @@ class Destination:
         try:
             with translate_os_errors(self.path):
                 parent = os.path.dirname(self.path)
-                self._made = _make_parents(parent)
+                self._made = trees.make_parents(parent)
                 self._inside = self._must_stage_inside(parent)
-                self._remove_leftovers()
-                self._check()
-                self._staging, self._lock = _new_staging(*self._staging_place())
+                with self._alone():
+                    self._remove_leftovers()
+                    self._check()
+                self._make_staging()
                 if self._tree:
                     os.mkdir(self.content)
         except BaseException:
@@ -128,26 +132,51 @@ class Destination:
             ObjectExistsError: something else has appeared there meanwhile.
             DestinationError: the file system refuses.
         """
-        with translate_os_errors(self.path):
+        with translate_os_errors(self.path), self._alone():
             self._check()
+            if self._tree and not self._inside:
+                trees.mark(self.content, _NOT_OURS)
             if self._durable:
-                _sync_tree(self.content)
+                trees.sync_tree(self.content)
             if not self._tree:
                 os.replace(self.content, self.path)
             elif self._inside:
                 self._move_entries()
             else:
-                _mark(self.content)
                 self._rename_tree()
             if self._durable:
-                _sync_folder(os.path.dirname(self.path))
+                for folder in self._changed_folders():
+                    trees.sync(folder)
         self._published = True
         return self.path
+
+    def _changed_folders(self) -> list[str]:
+        """Return the folders that got a new name by publishing, and by what was made for it."""
+        if self._inside:
+            return [self.path]
+        return [os.path.dirname(path) for path in (self.path, *reversed(self._made))]
 
     def _must_stage_inside(self, parent: str) -> bool:
         if not self._tree or not os.path.isdir(self.path):
             return False
-        return _is_mount_point(self.path) or not os.access(parent, os.W_OK | os.X_OK)
+        with contextlib.suppress(OSError):
+            # A folder that is replaced vanishes under whoever stands in it.
+            if os.path.samefile(self.path, os.curdir):
+                return True
+        return trees.is_mount_point(self.path) or not os.access(parent, os.W_OK | os.X_OK)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other downloads from a destination whose entries move one by one."""
+        if not self._inside:
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            trees.lock_folder(descriptor, self.path, _MOVE_TIMEOUT)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _staging_place(self) -> tuple[str, str]:
         if self._inside:
@@ -163,64 +192,117 @@ class Destination:
         if not self._tree:
             if stat.S_ISDIR(mode) or not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
                 raise ObjectExistsError(
-                    f"{self.path} is not a regular file and will not be replaced by one; "
+                    f"{_shown(self.path)} is not a regular file and will not be replaced by one; "
                     "name another destination"
                 )
             return
         if not stat.S_ISDIR(mode):
             raise ObjectExistsError(
-                f"{self.path} is not a folder, and a tree is to go there; "
+                f"{_shown(self.path)} is not a folder, and a tree is to go there; "
                 "name another destination or remove it"
             )
-        if self._overwrite or not self._entries() or _is_marked(self.path):
+        if self._overwrite or not self._entries() or trees.is_marked(self.path, _NOT_OURS):
             return
         raise ObjectExistsError(
-            f"{self.path} holds files that this library did not put there, or that were "
+            f"{_shown(self.path)} holds files that this library did not put there, or that were "
             "changed since; expected an absent or empty folder; pass overwrite=True to "
             "replace everything in it"
         )
 
     def _entries(self) -> list[str]:
         """Return the names in the destination that are not of the file system or of ours."""
-        keep = _FIXTURES if self._inside else frozenset()
-        staged = _staging_pattern(_INSIDE)
-        return [
-            name
-            for name in os.listdir(self.path)
-            if name not in keep and not staged.fullmatch(name)
-        ]
+        ignored = _NOT_OURS if self._inside else _STAGED_INSIDE
+        return [name for name in os.listdir(self.path) if not ignored.fullmatch(name)]
 
     def _rename_tree(self) -> None:
-        if not os.path.lexists(self.path):
+        try:
+            # This replaces an empty folder too, atomically.
             os.rename(self.content, self.path)
             return
-        if not self._entries():
-            # rename(2) replaces an empty folder by itself, atomically.
-            os.rename(self.content, self.path)
-            return
-        if _exchange(self.content, self.path):
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        # Another download may have been faster than this one.
+        self._check()
+        if trees.exchange(self.content, self.path):
             return  # the old tree is now in the staging folder and goes with it
-        assert self._staging is not None
-        os.rename(self.path, os.path.join(self._staging, "old"))
-        os.rename(self.content, self.path)
+        old = self.scratch(_OLD)
+        os.rename(self.path, old)
+        try:
+            os.rename(self.content, self.path)
+        except BaseException:
+            os.rename(old, self.path)
+            raise
 
     def _move_entries(self) -> None:
         assert self._staging is not None
-        with contextlib.suppress(OSError):
-            os.removexattr(self.path, _XATTR)
-        new = os.listdir(self.content)
+        moves = {"old": self._entries(), "new": os.listdir(self.content)}
+        os.mkdir(os.path.join(self._staging, _OLD))
         record = os.path.join(self._staging, _MOVING)
-        with open(record, "w", encoding="utf-8", errors="surrogateescape") as file:
-            json.dump(new, file)
-            file.flush()
+        try:
+            with open(record, "w", encoding="utf-8", errors="surrogateescape") as file:
+                json.dump(moves, file)
             if self._durable:
-                os.fsync(file.fileno())
-        for name in self._entries():
-            _remove(os.path.join(self.path, name))
-        for name in new:
-            os.rename(os.path.join(self.content, name), os.path.join(self.path, name))
+                trees.sync(record)
+                trees.sync(self._staging)
+            self._finish_move(self._staging)
+        except BaseException:
+            self._undo_move(moves["new"])
+            raise
+
+    def _finish_move(self, staging: str) -> None:
+        """Do what the record of moves says, or what is left of it."""
+        record = os.path.join(staging, _MOVING)
+        moves = _read_moves(record)
+        if moves is None:
+            return
+        waiting = set(os.listdir(os.path.join(staging, _CONTENT)))
+        settled = {*moves["new"]} - waiting | {*os.listdir(os.path.join(staging, _OLD))}
+        present = set(os.listdir(self.path))
+        for name in moves["old"]:
+            if name in present and name not in settled:
+                _move(name, self.path, os.path.join(staging, _OLD))
+        for name in waiting:
+            _move(name, os.path.join(staging, _CONTENT), self.path)
+        # Else somebody has put something there meanwhile: it is not ours to replace.
+        if set(self._entries()) == set(moves["new"]):
+            trees.mark(self.path, _NOT_OURS)
         os.unlink(record)
-        _mark(self.path)
+
+    def _undo_move(self, new: list[str]) -> None:
+        assert self._staging is not None
+        try:
+            if os.path.lexists(os.path.join(self._staging, _MOVING)):
+                for name in set(new) - set(os.listdir(self.content)):
+                    _move(name, self.path, self.content)
+                for name in os.listdir(os.path.join(self._staging, _OLD)):
+                    _move(name, os.path.join(self._staging, _OLD), self.path)
+                os.unlink(os.path.join(self._staging, _MOVING))
+        except BaseException:
+            # What it holds is needed to repair the destination; the next download will.
+            self._staging = None
+            raise
+
+    def _make_staging(self) -> None:
+        folder, prefix = self._staging_place()
+        while True:
+            path = os.path.join(folder, f"{_staging_prefix(prefix)}.{secrets.token_hex(8)}.partial")
+            # Known before it exists, so that an interrupt at any point leaves nothing.
+            self._staging, self._lock = path, FileLock(os.path.join(path, _LOCK))
+            os.mkdir(path, 0o700)
+            try:
+                self._lock.acquire(timeout=0)
+            except (Timeout, FileNotFoundError):
+                continue  # whoever looks for leftovers came between, and removes it
+            except NotImplementedError:
+                return  # no locks on this file system: leftovers stay for the user
+            except OSError as exc:
+                if exc.errno not in _CANNOT_LOCK:
+                    raise
+                return
+            if os.path.exists(os.path.join(path, _LOCK)):
+                return
+            self._lock.release()
 
     def _remove_leftovers(self) -> None:
         """Remove the staging folders of killed downloads to this destination."""
@@ -233,29 +315,20 @@ class Destination:
     def _remove_leftover(self, staging: str) -> None:
         lock = FileLock(os.path.join(staging, _LOCK))
         try:
-            lock.acquire(timeout=0)
-        except (Timeout, FileNotFoundError, NotImplementedError):
-            return  # alive, just removed by somebody else, or no telling without locks
+            if os.path.isdir(staging):  # or the lock would make it
+                lock.acquire(timeout=0)
+        except (OSError, NotImplementedError):
+            return  # alive (a Timeout is an OSError), gone, somebody else's, or no locks here
         try:
-            record = os.path.join(staging, _MOVING)
-            if self._inside and os.path.exists(record):
-                with open(record, encoding="utf-8", errors="surrogateescape") as file:
-                    text = file.read()
-                for name in _names(text):
-                    _remove(os.path.join(self.path, name))
-            # Out of the way first: whoever has just made this folder and waits for its lock
-            # must find that it is gone, not see it vanish later.
-            folder, prefix = self._staging_place()
-            doomed = _staging_path(folder, prefix)
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(staging, doomed)
-                _remove(doomed)
+            if self._inside:
+                self._finish_move(staging)
+            _drop(staging, lock)
         finally:
             lock.release()
 
     def _clean_up(self) -> None:
-        if self._staging is not None:
-            _remove(self._staging)
+        if self._staging is not None and self._lock is not None:
+            _drop(self._staging, self._lock)
         if self._lock is not None:
             self._lock.release()
         self._staging = self._lock = None
@@ -274,9 +347,10 @@ def check_space(path: str, needed: int) -> None:
     with translate_os_errors(path):
         status = os.statvfs(path)
     free = status.f_bavail * status.f_frsize
-    if needed > free:
+    # Some file systems tell nothing about their size.
+    if status.f_blocks and needed > free:
         raise InsufficientSpaceError(
-            f"{path}: {needed} bytes are needed and {free} are free on its file system; "
+            f"{_shown(path)}: {needed} bytes are needed and {free} are free on its file system; "
             "nothing was transferred; free some space or choose another destination"
         )
 
@@ -292,35 +366,23 @@ def translate_os_errors(path: str) -> Iterator[None]:
         reason = exc.strerror or str(exc)
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InsufficientSpaceError(
-                f"{path}: its file system is full ({reason}); nothing was published; "
+                f"{_shown(path)}: its file system is full ({reason}); nothing was published; "
                 "free some space or choose another destination"
             ) from exc
         if exc.errno == errno.ENAMETOOLONG:
-            raise InvalidInput(f"{path}: a name is too long for the file system") from exc
+            raise InvalidInput(f"{_shown(path)}: a name is too long for the file system") from exc
         error = DestinationError(
-            f"{exc.filename or path} cannot be written: {reason}; nothing was published; "
+            f"{_shown(exc.filename or path)} cannot be written: {reason}; nothing was published; "
             "choose a destination that this user may write"
         )
         error.errno = exc.errno
         raise error from exc
 
 
-def _make_parents(folder: str) -> list[str]:
-    missing = []
-    while not os.path.isdir(folder):
-        missing.append(folder)
-        folder = os.path.dirname(folder)
-    made: list[str] = []
-    try:
-        for path in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path)
-                made.append(path)
-    except OSError:
-        for path in reversed(made):
-            os.rmdir(path)
-        raise
-    return made
+def _shown(path: object) -> str:
+    # A message is one line, and a name may hold anything.
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 def _staging_pattern(prefix: str) -> re.Pattern[str]:
@@ -335,125 +397,36 @@ def _staging_prefix(prefix: str) -> str:
     return os.fsdecode(encoded[:160]) + "." + hashlib.sha256(encoded).hexdigest()[:16]
 
 
-def _staging_path(folder: str, prefix: str) -> str:
-    return os.path.join(folder, f"{_staging_prefix(prefix)}.{secrets.token_hex(8)}.partial")
+# Names that are no part of a tree that is staged inside its own folder.
+_STAGED_INSIDE = _staging_pattern(_INSIDE)
+_NOT_OURS = re.compile("|".join((_STAGED_INSIDE.pattern, *map(re.escape, _FIXTURES))))
 
 
-def _new_staging(folder: str, prefix: str) -> tuple[str, BaseFileLock]:
-    while True:
-        path = _staging_path(folder, prefix)
-        os.mkdir(path, 0o700)
-        lock_path = os.path.join(path, _LOCK)
-        lock = FileLock(lock_path)
-        try:
-            lock.acquire(timeout=0)
-            # Somebody who looks for leftovers may have come between mkdir and the lock.
-            if os.path.exists(lock_path):
-                return path, lock
-        except NotImplementedError:
-            return path, lock  # no locks on this file system: leftovers stay for the user
-        except (Timeout, FileNotFoundError):
-            pass
-        lock.release()
+def _drop(staging: str, lock: BaseFileLock) -> None:
+    """Remove a staging folder whose lock is ours, as far as possible.
 
-
-def _is_mount_point(path: str) -> bool:
-    if os.path.ismount(path):
-        return True
-    # A bind mount within one file system looks like any folder to stat.
-    try:
-        with open("/proc/self/mountinfo", "rb") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return False
-    escaped = os.fsencode(path).replace(b"\\", b"\\134").replace(b" ", b"\\040")
-    return any(line.split(b" ")[4] == escaped for line in lines)
-
-
-def _exchange(left: str, right: str) -> bool:
-    """Swap two paths atomically; tell whether this system can (Linux's renameat2)."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    result = renameat2(
-        _AT_FDCWD,
-        ctypes.c_char_p(os.fsencode(left)),
-        _AT_FDCWD,
-        ctypes.c_char_p(os.fsencode(right)),
-        ctypes.c_uint(_RENAME_EXCHANGE),
-    )
-    if result == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), right)
-
-
-def _listing_fingerprint(folder: str) -> str:
-    """Hash the paths and sizes of everything in ``folder``."""
-    lines = []
-    staged = _staging_pattern(_INSIDE)
-    for root, folders, files in os.walk(folder):
-        base = os.path.relpath(root, folder)
-        if base == ".":
-            folders[:] = [
-                name for name in folders if name not in _FIXTURES and not staged.fullmatch(name)
-            ]
-        folders.sort()
-        lines += [f"{base}/{name}/" for name in folders]
-        lines += [f"{base}/{name}\0{os.lstat(os.path.join(root, name)).st_size}" for name in files]
-    text = "\n".join(sorted(lines))
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _mark(folder: str) -> None:
-    # Without extended attributes a later download needs overwrite=True; that is safe.
+    The lock goes last: as long as it is there, nobody else begins to remove the folder. What
+    cannot be removed is left to the next download; this one has ended already, well or badly.
+    """
     with contextlib.suppress(OSError):
-        os.setxattr(folder, _XATTR, _listing_fingerprint(folder).encode())
+        for name in os.listdir(staging):
+            if name != _LOCK:
+                trees.remove(os.path.join(staging, name))
+        trees.remove(os.path.join(staging, _LOCK))
+        lock.release()
+        os.rmdir(staging)
 
 
-def _is_marked(folder: str) -> bool:
+def _move(name: str, source: str, target: str) -> None:
+    os.rename(os.path.join(source, name), os.path.join(target, name))
+
+
+def _read_moves(record: str) -> dict[str, list[str]] | None:
+    """Return a record of moves; none if there is none, or it was cut off before any move."""
     try:
-        mark = os.getxattr(folder, _XATTR).decode("ascii", "replace")
-    except OSError:
-        return False
-    return mark == _listing_fingerprint(folder)
-
-
-def _names(text: str) -> list[str]:
-    """Return the names in a record of moves; none if it was cut off before it was complete."""
-    try:
-        names = json.loads(text)
-    except ValueError:
-        return []
-    return [name for name in names if name not in ("", ".", "..") and "/" not in name]
-
-
-def _remove(path: str) -> None:
-    try:
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
-    except FileNotFoundError:
-        return
-
-
-def _sync_tree(path: str) -> None:
-    if not os.path.isdir(path):
-        _sync_folder(path)
-        return
-    for root, _, files in os.walk(path, topdown=False):
-        for name in files:
-            _sync_folder(os.path.join(root, name))
-        _sync_folder(root)
-
-
-def _sync_folder(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with open(record, encoding="utf-8", errors="surrogateescape") as file:
+            moves = json.load(file)
+    except (FileNotFoundError, ValueError):
+        return None
+    names = [*moves["old"], *moves["new"]]
+    return None if any(name in ("", ".", "..") or "/" in name for name in names) else moves

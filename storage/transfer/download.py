@@ -26,6 +26,8 @@ from storage.transfer.verify import OrderedHasher, algorithms_for, check_digests
 __all__ = ["FetchedFile", "fetch"]
 
 _RESTARTS = 3
+# Bytes of an average request from which on the number of connections is found by trying.
+_LONG_TASK = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +89,19 @@ def fetch(
     for _ in range(_RESTARTS + 1):
         parts = sum(job.part_count for job in pending)
         try:
-            run_tasks(_tasks(pending), budget, parts)
+            large = sum(job.size for job in pending) >= parts * _LONG_TASK
+            run_tasks(_tasks(pending), budget, parts, meter.moved if large else None)
         finally:
             for job in pending:
                 job.close()
         pending = [job for job in pending if job.changed]
         if not pending:
             return [job.result() for job in jobs]
+        if plan.pinned:
+            raise ObjectChangedError(
+                f"{plan.uri}: the store gave bytes of another version than the one named; "
+                "nothing was published; list the versions and name one that is there"
+            )
         for job in pending:
             job.restart()
     raise TransferError(
@@ -299,6 +307,11 @@ class _Stream:
             for chunk in body:
                 if self._cancel.is_set():
                     raise CancelledError
+                if self.info.size is not None and self.position + len(chunk) > self.info.size:
+                    raise IntegrityError(
+                        f"{job.where}: the store says {self.info.size} bytes, more arrived; "
+                        "nothing was published"
+                    )
                 with translate_os_errors(job.path):
                     _write_all(self._descriptor, chunk, self.position)
                 self._hasher.update(chunk)

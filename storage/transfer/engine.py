@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from storage.transfer.retry import RetryPolicy
 
-__all__ = ["Budget", "CancelledError", "TransferOptions", "run_tasks"]
+__all__ = ["PART_GRANULE", "Budget", "CancelledError", "TransferOptions", "run_tasks"]
 
 _MIB = 1024 * 1024
+PART_GRANULE = 64 * 1024
+"""Parts begin where memory can be mapped, on every system."""
+
+_FIRST_THREADS = 4
+_RAMP_INTERVAL = 0.15
+_RAMP_GAIN = 1.1
+_RAMP_RETRY = 10
 
 
 class CancelledError(Exception):
@@ -26,7 +33,7 @@ class TransferOptions:
     """Requests under way at once, over all transfers of a client."""
 
     part_size: int = 32 * _MIB
-    """Bytes of one ranged request; a multiple of 1 MiB. Smaller objects are one request."""
+    """Bytes of one ranged request, a multiple of ``PART_GRANULE``; less is one request."""
 
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
@@ -50,13 +57,24 @@ class Budget:
 
 
 def run_tasks(
-    tasks: Iterable[Callable[[threading.Event], None]], budget: Budget, limit: int
+    tasks: Iterable[Callable[[threading.Event], None]],
+    budget: Budget,
+    limit: int,
+    moved: Callable[[], int] | None = None,
 ) -> None:
     """Run ``tasks`` on at most ``limit`` threads and wait for all of them.
 
     Tasks are taken one by one, in order, as threads become free. The first failure (or an
     interrupt of the calling thread) sets the event that every task is given, no further task
     begins, and when all have ended the failure is raised.
+
+    Args:
+        tasks: what to do.
+        budget: connections shared with other transfers; each task holds one.
+        limit: threads at most.
+        moved: tells the bytes moved so far. Given for tasks that take long, it makes the
+            threads begin as a few and double as long as that moves more bytes a second:
+            beyond that point connections only fight over the processors.
     """
     cancel = threading.Event()
     lock = threading.Lock()
@@ -65,17 +83,17 @@ def run_tasks(
 
     def work() -> None:
         while not cancel.is_set():
-            with lock:
-                task = next(source, None)
-            if task is None:
-                return
             try:
+                with lock:
+                    task = next(source, None)
+                if task is None:
+                    return
                 with budget:
                     if not cancel.is_set():
                         task(cancel)
             except CancelledError:
                 return
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: BLE001 -- raised below, by the calling thread
                 failures.append(exc)
                 cancel.set()
                 return
@@ -85,11 +103,32 @@ def run_tasks(
         work()
     else:
         with ThreadPoolExecutor(threads, thread_name_prefix="storage") as pool:
-            futures = [pool.submit(work) for _ in range(threads)]
             try:
-                wait(futures)
+                _run_threads(lambda: pool.submit(work), threads, moved)
             finally:
                 # On an interrupt: let the threads stop at their next buffer.
                 cancel.set()
     if failures:
         raise failures[0]
+
+
+def _run_threads(
+    start: Callable[[], Future[None]], threads: int, moved: Callable[[], int] | None
+) -> None:
+    first = threads if moved is None else min(threads, _FIRST_THREADS)
+    futures = [start() for _ in range(first)]
+    if moved is not None:
+        best, before, quiet = 0, moved(), 0
+        while len(futures) < threads:
+            _, running = wait(futures, _RAMP_INTERVAL)
+            if not running:
+                return
+            now = moved()
+            rate, before = now - before, now
+            quiet += 1
+            # After a plateau another try is due now and then: the link may have changed.
+            if rate > best * _RAMP_GAIN or quiet >= _RAMP_RETRY:
+                quiet = 0
+                futures += [start() for _ in range(min(len(futures), threads - len(futures)))]
+            best = max(best, rate)
+    wait(futures)

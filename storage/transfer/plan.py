@@ -42,6 +42,9 @@ class Plan:
 
     files: tuple[PlannedFile, ...]
 
+    pinned: bool = False
+    """Whether the source names one version of an object; no other may take its place."""
+
     @property
     def size(self) -> int | None:
         """Bytes in all; ``None`` if the store does not tell for some object."""
@@ -169,7 +172,8 @@ def make_plan(backend: Backend, location: Location, patterns: Patterns) -> Plan:
         )
     paths = local_paths((path for path, _ in wanted), str(location))
     files = (PlannedFile(path, info) for path, (_, info) in zip(paths, wanted, strict=True))
-    return Plan(str(location), is_tree, tuple(files))
+    pinned = location.version is not None and location.scheme != "hf"
+    return Plan(str(location), is_tree, tuple(files), pinned)
 
 
 def local_paths(keys: Iterable[str], source: str) -> list[str]:

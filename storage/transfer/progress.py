@@ -72,6 +72,10 @@ class Meter:
         self._began = time.monotonic()
         self._told = 0.0
 
+    def moved(self) -> int:
+        """Return the bytes counted so far."""
+        return self._bytes
+
     def add_bytes(self, count: int) -> None:
         """Count bytes that arrived or left (negative: that have to move again)."""
         with self._lock:

@@ -93,6 +93,11 @@ class ObjectReader(io.RawIOBase):
                             f"{self.name}: the body ended at {self._body_position} of {self._size}"
                         )
                     self._rest = memoryview(chunk).cast("B")
+                    if self._body_position + len(self._rest) > self._size:
+                        raise TransientError(
+                            f"{self.name}: the store sent more than the {self._size} bytes "
+                            "of the object"
+                        )
                 skipped = min(len(self._rest), self._position - self._body_position)
                 self._rest = self._rest[skipped:]
                 self._body_position += skipped

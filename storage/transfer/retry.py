@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,7 +19,8 @@ class RetryPolicy:
     """How often, and for how long, a step is tried.
 
     Waits grow exponentially with jitter from ``wait_initial`` to ``wait_max`` seconds; a
-    store's Retry-After wins over them. Only :class:`TransientError` is worth another try.
+    store's Retry-After wins over them, unless it is longer than ``timeout``: then there is no
+    further try. Only :class:`TransientError` is worth one.
     """
 
     attempts: int = 5
@@ -51,10 +53,11 @@ class RetryPolicy:
     def _until_progress(self, step: Callable[[], T], progressed: Callable[[], bool] | None) -> T:
         import stamina
 
+        _silence("stamina")
         tried = 0
         try:
             for attempt in stamina.retry_context(
-                on=_wait_hint,
+                on=self._wait_hint,
                 attempts=self.attempts,
                 timeout=self.timeout,
                 wait_initial=self.wait_initial,
@@ -75,15 +78,24 @@ class RetryPolicy:
             raise _spent(TransferError, exc, tried) from exc
         raise AssertionError("a retry context ends by returning or raising")
 
+    def _wait_hint(self, exc: Exception) -> bool | float:
+        if not isinstance(exc, TransientError):
+            return False
+        if exc.retry_after is None:
+            return True
+        # A store may ask for an hour; nobody waits longer than the caller allows.
+        return exc.retry_after if exc.retry_after <= self.timeout else False
+
+
+def _silence(name: str) -> None:
+    """Keep a logger from printing to stderr in programs that never set logging up."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+
 
 class _ProgressedError(Exception):
     """The step failed, but later than before."""
-
-
-def _wait_hint(exc: Exception) -> bool | float:
-    if not isinstance(exc, TransientError):
-        return False
-    return True if exc.retry_after is None else exc.retry_after
 
 
 def _spent(kind: type[TransferError], exc: TransientError, tried: int) -> TransferError:

@@ -78,8 +78,9 @@ class OrderedHasher:
         self._descriptor = descriptor
         self._parts = parts
         self._complete: set[int] = set()
-        self._next = 0
+        self._hashed = 0
         self._busy = False
+        self._told = False
         self._lock = threading.Lock()
         self._hasher: MultiHasher | None = None
         self._needed = False
@@ -100,33 +101,44 @@ class OrderedHasher:
         try:
             while (part := self._take()) is not None:
                 self._hash(part)
+                self._hashed += 1
         except BaseException:
             self._busy = False
             raise
-        return self._next == len(self._parts)
+        return self._finished()
 
     def _take(self) -> ByteRange | None:
         with self._lock:
-            if self._next not in self._complete:
+            if self._hashed not in self._complete:
                 self._busy = False
                 return None
-            self._complete.remove(self._next)
-            self._next += 1
-            return self._parts[self._next - 1]
+            self._complete.remove(self._hashed)
+            return self._parts[self._hashed]
+
+    def _finished(self) -> bool:
+        """Tell whether every part is hashed; true only once, whoever asks."""
+        with self._lock:
+            if self._told or self._hashed < len(self._parts):
+                return False
+            self._told = True
+            return True
 
     def _hash(self, part: ByteRange) -> None:
         assert self._hasher is not None, "start() comes before part 0"
         if not self._needed:
             return
         for start in range(part.start, part.end, _WINDOW):
-            length = min(_WINDOW, part.end - start)
+            end = min(start + _WINDOW, part.end)
+            # A mapping begins at a page.
+            base = start - start % mmap.ALLOCATIONGRANULARITY
             with (
                 mmap.mmap(
-                    self._descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=start
+                    self._descriptor, end - base, mmap.MAP_SHARED, mmap.PROT_READ, offset=base
                 ) as window,
                 memoryview(window) as view,
+                view[start - base :] as bytes_of_part,
             ):
-                self._hasher.update(view)
+                self._hasher.update(bytes_of_part)
 
     def digests(self) -> dict[str, Digest]:
         """Return the digests of the whole file; after every part was reported."""

@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self, cast
 
 from storage.backends.base import Backend, file_payload
 from storage.digest import MultiHasher
@@ -101,6 +101,6 @@ class ObjectWriter(io.BufferedIOBase):
 
 def open_writer(
     backend: Backend, key: str, retry: RetryPolicy, where: str, *, if_absent: bool
-) -> ObjectWriter:
+) -> BinaryIO:
     """Return an :class:`ObjectWriter` for ``key``."""
-    return ObjectWriter(backend, key, retry, where, if_absent=if_absent)
+    return cast("BinaryIO", ObjectWriter(backend, key, retry, where, if_absent=if_absent))

@@ -1,0 +1,1 @@
+"""Moving bytes: plans, ranges in parallel, verification, publishing, retries, progress."""
