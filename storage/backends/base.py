@@ -245,7 +245,7 @@ def bytes_payload(data: Buffer) -> Payload:
 
 def file_payload(path: str, size: int) -> Payload:
     """Return the payload of a local file of ``size`` bytes."""
-    return Payload(lambda: open(path, "rb"), size)  # noqa: SIM115 -- whoever opens it closes it
+    return Payload(lambda: open(path, "rb"), size)
 
 
 @dataclass(frozen=True, slots=True)

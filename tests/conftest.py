@@ -1,0 +1,47 @@
+"""What holds for every test: the real servers as fixtures, and nothing of the user's around."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["tests.servers.fixtures"]
+
+# What configures a store, a client or a way to the network.
+_FOREIGN = re.compile(
+    r"(?:AWS|AZURE|BOTO|CLOUDSDK|FSSPEC|GCE|GCS|GCSFS|GOOGLE|HF|HUGGING_?FACE|RCLONE|S3FS|STORAGE)_.*"
+    r"|BOTO_CONFIG|CURL_CA_BUNDLE|REQUESTS_CA_BUNDLE|SSL_CERT_(?:FILE|DIR)|XDG_.*"
+    r"|(?:all|ftp|http|https|no)_proxy",
+    re.IGNORECASE,
+)
+
+
+def _isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
+    for name in list(os.environ):
+        if _FOREIGN.fullmatch(name):
+            patch.delenv(name)
+    patch.setenv("HOME", str(home))
+    patch.setenv("STORAGE_CACHE_DIR", str(home / "cache"))
+    # Without it the SDKs ask the metadata server of a cloud machine, and wait.
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    patch.setenv("NO_GCE_CHECK", "true")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what serves the whole session away from the user's settings too."""
+    with pytest.MonkeyPatch.context() as patch:
+        _isolate(patch, tmp_path_factory.mktemp("session-home"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _isolated_test(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Give every test a home and a cache of its own, and no credentials, settings or proxies."""
+    _isolate(monkeypatch, tmp_path_factory.mktemp("home"))

@@ -1,0 +1,120 @@
+"""SeaweedFS, the main S3 of the tests: real, and it checks signatures and permissions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.servers.process import GRPC_OFFSET, HOST, find_program, free_ports
+from tests.servers.s3 import Keys, S3Server
+
+READABLE_BUCKET = "onebucket"
+READABLE_KEY = "model.bin"
+PUBLIC_BUCKET = "public"
+
+
+class SeaweedFS(S3Server):
+    """A whole SeaweedFS in one process.
+
+    Beside the administrator it knows three others, for buckets that a test has to create:
+
+    * ``reader`` reads every object of ``READABLE_BUCKET`` but may list nothing,
+    * ``object_reader`` reads only the object ``READABLE_KEY`` in it (and any key that starts
+      with these letters; the server can express no less),
+    * unsigned requests read and list ``PUBLIC_BUCKET``.
+
+    Every bucket takes volumes of its own and a few tenths of a second: re-use buckets with fresh
+    prefixes, and delete what is not shared. Writing to a bucket that is not
+    there does not make it.
+    """
+
+    name = "seaweedfs"
+    health_path = "/healthz"
+    reader = Keys("AKIDREADER", "SECRETREADER")
+    object_reader = Keys("AKIDONEOBJECT", "SECRETONEOBJECT")
+
+    def __init__(
+        self,
+        parent: str | os.PathLike[str] | None = None,
+        *,
+        options: Sequence[str] = (),
+    ) -> None:
+        """Start nothing yet; ``options`` are more options of ``weed mini``."""
+        super().__init__(parent)
+        self._options = options
+        self._sockets: list[Path] = []
+
+    def command(self) -> Sequence[str]:
+        """Write the identities and return the command line."""
+        master, volume, filer, self.port, admin = free_ports(5, grpc=True)
+        # It puts these under /tmp whatever TMPDIR says, and leaves them when it is killed.
+        self._sockets = [
+            Path(f"/tmp/seaweedfs-{part}-grpc-{port + GRPC_OFFSET}.sock")
+            for part, port in {
+                "master": master,
+                "volume": volume,
+                "filer": filer,
+                "s3": self.port,
+                "admin": admin,
+            }.items()
+        ]
+        data = self.folder / "data"
+        data.mkdir()
+        identities = self.folder / "s3.json"
+        identities.write_text(json.dumps({"identities": self._identities()}), encoding="utf-8")
+        return [
+            find_program("weed"),
+            f"-logdir={self.folder}",
+            "mini",
+            f"-dir={data}",
+            f"-ip={HOST}",
+            f"-ip.bind={HOST}",
+            f"-master.port={master}",
+            f"-volume.port={volume}",
+            f"-filer.port={filer}",
+            f"-s3.port={self.port}",
+            f"-admin.port={admin}",
+            # Relative to its working folder: the path of a socket holds 107 characters at most.
+            "-filer.localSocket=filer.sock",
+            "-s3.localSocket=s3.sock",
+            f"-s3.config={identities}",
+            "-s3.autoCreateBucket=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-admin.ui=false",
+            "-webdav=false",
+            "-master.telemetry=false",
+            "-volume.max=2000",
+            "-volume.preStopSeconds=0",
+            *self._options,
+        ]
+
+    def _identities(self) -> list[dict[str, object]]:
+        def identity(name: str, keys: Keys, *actions: str) -> dict[str, object]:
+            credentials = [{"accessKey": keys.access_key, "secretKey": keys.secret_key}]
+            return {"name": name, "credentials": credentials, "actions": actions}
+
+        return [
+            identity("admin", self.admin, "Admin", "Read", "Write", "List", "Tagging"),
+            identity("reader", self.reader, f"Read:{READABLE_BUCKET}"),
+            identity("one", self.object_reader, f"Read:{READABLE_BUCKET}/{READABLE_KEY}*"),
+            {
+                "name": "anonymous",
+                "actions": [f"Read:{PUBLIC_BUCKET}", f"List:{PUBLIC_BUCKET}"],
+            },
+        ]
+
+    def delete_bucket(self, name: str) -> None:
+        """Delete a bucket and all that it holds; this server does so in one request."""
+        self.raw.delete_bucket(Bucket=name)
+
+    def stop(self) -> None:
+        """Stop the server and remove the sockets that it leaves behind when killed."""
+        super().stop()
+        for socket in self._sockets:
+            with contextlib.suppress(OSError):
+                socket.unlink()
+        self._sockets = []
