@@ -278,8 +278,9 @@ class ObstoreBackend:
                 mode=mode,
                 use_multipart=not small,
                 chunk_size=part_size,
+                # A part is in memory twice while it is handed over.
                 max_concurrency=max(
-                    1, min(self._options.connections, self._options.memory // part_size)
+                    1, min(self._options.connections, self._options.memory // (2 * part_size))
                 ),
             )
         return ObjectInfo(

@@ -267,6 +267,12 @@ class StorageClient:
         origin = self.backend(source, config)
         backend = self.backend(target, dest_config)
         is_tree, found = self.run_retried(self._resolve_all, source, config)
+        expected = None if source.digest is None else Digest.parse(source.digest)
+        if expected is not None and is_tree:
+            raise InvalidInput(
+                f"{source} is a tree, and a copy checks the digest of one object only; download "
+                "it with the digest, and upload what arrived"
+            )
         skip = len(source.key) + (0 if source.forces_tree else 1) if is_tree else 0
         pairs = []
         for info in found:
@@ -279,7 +285,8 @@ class StorageClient:
             raise InvalidInput(f"{source} cannot be copied onto itself")
         total = sum(info.size or 0 for info in found)
         meter = Meter("copy", str(source), total, len(found), progress)
-        server_side = origin is backend and backend.capabilities.copy
+        # Who expects a digest wants the bytes to be looked at.
+        server_side = origin is backend and backend.capabilities.copy and expected is None
 
         def copy(info: ObjectInfo, key: str, _: threading.Event) -> None:
             if server_side:
@@ -294,6 +301,7 @@ class StorageClient:
                     where=str(source),
                     options=self.transfer_options,
                     meter=meter,
+                    expected=expected,
                 )
             meter.add_object()
 
@@ -440,6 +448,11 @@ def _local_path(path: str | os.PathLike[str]) -> str:
 
 
 def _writable(location: Location) -> Location:
+    if location.digest is not None:
+        raise InvalidInput(
+            f"{location} is given with a digest, which says what is expected of a source; "
+            "nothing is written or deleted by its digest; leave it out"
+        )
     if location.version is not None and location.scheme != "hf":
         raise InvalidInput(f"{location} names one version of an object; versions are never written")
     return location

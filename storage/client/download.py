@@ -96,8 +96,10 @@ class Download:
         assert source is not None
         source, target = os.path.realpath(source), os.path.realpath(dest)
         inside = os.path.join(target, "")
+        # A whole tree may be put onto itself; a part of it would take the rest away.
+        onto_itself = source == target and self._patterns.active
         if target.startswith(os.path.join(source, "")) or (
-            source.startswith(inside) and os.path.isdir(source)
+            (source.startswith(inside) or onto_itself) and os.path.isdir(source)
         ):
             raise InvalidInput(
                 f"{dest} and the source {source} are inside one another; "

@@ -24,14 +24,15 @@ def stream_copy(
     where: str,
     options: TransferOptions,
     meter: Meter,
+    expected: Digest | None = None,
 ) -> ObjectInfo:
     """Copy the object ``info`` of ``origin`` to ``key`` of ``target``.
 
-    The bytes are hashed on their way. If they are not what the source's store says, the last
-    read fails, so that the write never completes.
+    The bytes are hashed on their way. If they are not what the source's store says, or what
+    is ``expected``, the last read fails, so that the write never completes.
 
     Raises:
-        IntegrityError: the source's bytes are not what its store says.
+        IntegrityError: the source's bytes are not what they should be.
     """
     if info.size is None:
         raise InvalidInput(f"{where}: its store does not tell the size; download it instead")
@@ -54,7 +55,7 @@ def stream_copy(
 
         def open_source() -> io.BufferedReader:
             reader = open_reader(origin, full, retry, where)
-            return io.BufferedReader(_Checked(reader, origin, full, where), 1024 * 1024)
+            return io.BufferedReader(_Checked(reader, origin, full, where, expected), 1024 * 1024)
 
         return target.write(
             key,
@@ -71,15 +72,23 @@ class _Checked(io.RawIOBase):
     """Passes a stream on, and raises instead of ending if it was not the expected one."""
 
     def __init__(
-        self, stream: io.BufferedReader, origin: Backend, info: ObjectInfo, where: str
+        self,
+        stream: io.BufferedReader,
+        origin: Backend,
+        info: ObjectInfo,
+        where: str,
+        expected: Digest | None,
     ) -> None:
         super().__init__()
         self._stream = stream
         self._origin = origin
         self._info = info
         self._where = where
+        self._expected = expected
         self._left = info.size or 0
-        self._hasher = MultiHasher(algorithms_for(info, ()))
+        self._verified = False
+        wanted = () if expected is None else (expected.algorithm,)
+        self._hasher = MultiHasher(algorithms_for(info, wanted))
 
     def readable(self) -> bool:
         return True
@@ -89,14 +98,15 @@ class _Checked(io.RawIOBase):
         count = self._stream.readinto(view)
         self._hasher.update(view[:count])
         self._left -= count
-        if count and self._left == 0:
+        if self._left == 0 and not self._verified:
+            self._verified = True
             self._verify()
         return count
 
     def _verify(self) -> None:
         # Before the last bytes are handed on: the writer must not see the end of wrong ones.
         found: dict[str, Digest] = self._hasher.digests()
-        doubt = check_digests(self._where, self._info, found, None)
+        doubt = check_digests(self._where, self._info, found, self._expected)
         if doubt is not None and self._origin.is_digest(self._info):
             raise IntegrityError(
                 f"{self._where}: the store's ETag says {doubt}, the bytes that arrived are "

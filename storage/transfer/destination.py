@@ -292,7 +292,7 @@ class Destination:
             os.mkdir(path, 0o700)
             try:
                 self._lock.acquire(timeout=0)
-            except (Timeout, FileNotFoundError):
+            except (Timeout, FileNotFoundError, FileExistsError):
                 continue  # whoever looks for leftovers came between, and removes it
             except NotImplementedError:
                 return  # no locks on this file system: leftovers stay for the user

@@ -19,6 +19,7 @@ _FIRST_THREADS = 4
 _RAMP_INTERVAL = 0.15
 _RAMP_GAIN = 1.1
 _RAMP_RETRY = 10
+_NAP = 1.0
 
 
 class CancelledError(Exception):
@@ -131,4 +132,6 @@ def _run_threads(
                 quiet = 0
                 futures += [start() for _ in range(min(len(futures), threads - len(futures)))]
             best = max(best, rate)
-    wait(futures)
+    # An interrupt that comes just before a thread falls asleep does not wake it.
+    while wait(futures, _NAP).not_done:
+        pass

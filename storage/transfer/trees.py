@@ -41,9 +41,12 @@ def make_parents(folder: str) -> list[str]:
     made: list[str] = []
     try:
         for path in reversed(missing):
-            with contextlib.suppress(FileExistsError):
+            # Noted first: an interrupt may come before the call returns.
+            made.append(path)
+            try:
                 os.mkdir(path)
-                made.append(path)
+            except FileExistsError:
+                made.pop()
     except BaseException:
         for path in reversed(made):
             with contextlib.suppress(OSError):

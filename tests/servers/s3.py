@@ -86,7 +86,12 @@ class S3Server(Server):
         return name
 
     def delete_bucket(self, name: str) -> None:
-        """Delete a bucket and all that it holds: objects, versions, unfinished uploads."""
+        """Delete a bucket and all that it holds."""
+        self.empty_bucket(name)
+        self.raw.delete_bucket(Bucket=name)
+
+    def empty_bucket(self, name: str) -> None:
+        """Delete all that a bucket holds: objects, versions, unfinished uploads."""
         for key, upload in self.pending_uploads(name):
             self.raw.abort_multipart_upload(Bucket=name, Key=key, UploadId=upload)
         for page in self.raw.get_paginator("list_object_versions").paginate(Bucket=name):
@@ -96,7 +101,6 @@ class S3Server(Server):
             ]
             if doomed:
                 self.raw.delete_objects(Bucket=name, Delete={"Objects": doomed, "Quiet": True})
-        self.raw.delete_bucket(Bucket=name)
 
     @contextlib.contextmanager
     def bucket(self, name: str) -> Iterator[str]:

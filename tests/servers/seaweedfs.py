@@ -7,6 +7,8 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 from tests.servers.process import GRPC_OFFSET, HOST, find_program, free_ports
 from tests.servers.s3 import Keys, S3Server
@@ -46,10 +48,12 @@ class SeaweedFS(S3Server):
         super().__init__(parent)
         self._options = options
         self._sockets: list[Path] = []
+        self._filer = 0
 
     def command(self) -> Sequence[str]:
         """Write the identities and return the command line."""
         master, volume, filer, self.port, admin = free_ports(5, grpc=True)
+        self._filer = filer
         # It puts these under /tmp whatever TMPDIR says, and leaves them when it is killed.
         self._sockets = [
             Path(f"/tmp/seaweedfs-{part}-grpc-{port + GRPC_OFFSET}.sock")
@@ -110,6 +114,25 @@ class SeaweedFS(S3Server):
     def delete_bucket(self, name: str) -> None:
         """Delete a bucket and all that it holds; this server does so in one request."""
         self.raw.delete_bucket(Bucket=name)
+
+    def empty_bucket(self, name: str) -> None:
+        """Delete all that a bucket holds, and the empty folders that S3 does not show.
+
+        A folder that is left of the key ``a/b`` would be in the way of an object ``a``.
+        """
+        for key, upload in self.pending_uploads(name):
+            self.raw.abort_multipart_upload(Bucket=name, Key=key, UploadId=upload)
+        filer = f"http://{HOST}:{self._filer}"
+        while True:
+            request = Request(f"{filer}/buckets/{name}/", headers={"Accept": "application/json"})
+            with urlopen(request, timeout=30) as answer:
+                entries = json.load(answer)["Entries"] or []
+            if not entries:
+                return
+            for entry in entries:
+                path = quote(entry["FullPath"])
+                deletion = Request(f"{filer}{path}?recursive=true", method="DELETE")
+                urlopen(deletion, timeout=30).close()
 
     def stop(self) -> None:
         """Stop the server and remove the sockets that it leaves behind when killed."""

@@ -1,0 +1,257 @@
+"""What is measured: the transfers, the imports, and the order of their runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tests.bench.contestants import Contestant, Job, Toolbox
+from tests.bench.data import Source, Store, check_file, check_tree, make_file, make_tree
+from tests.bench.measure import Command, Measurement, measure
+
+__all__ = ["CASES", "IMPORTS", "Bench", "Case", "CaseResult", "Sizes", "Statement"]
+
+GIB = 1024**3
+_SMALL_FILE = 8 * 1024
+_SOURCE_BUCKET = "bench-source"
+_UPLOAD_BUCKET = "bench-upload"
+_OBJECT_KEY = "large/model.bin"
+_TREE_KEY = "small/model"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is moved and how often."""
+
+    object_bytes: int = GIB
+    files: int = 2000
+    rounds: int = 3
+    import_rounds: int = 15
+    quick: bool = False
+    """No discarded runs, and no judgement."""
+
+    @classmethod
+    def smoke(cls) -> Sizes:
+        """Return sizes that show that everything works, and nothing else."""
+        return cls(object_bytes=64 * 1024**2, files=200, rounds=1, import_rounds=2, quick=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kind of work."""
+
+    name: str
+    action: str
+    """An action of :class:`Job`, or ``import``."""
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("download", "download-object"),
+        Case("small", "download-tree"),
+        Case("upload", "upload-object"),
+        Case("import", "import"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A line of Python whose import time is measured."""
+
+    name: str
+    code: str
+    contestant: str
+    """The contestant that must take part for this to be measured."""
+
+    kserve: bool = False
+    """Run it by the interpreter that has ``kserve-storage``."""
+
+
+IMPORTS = (
+    Statement("storage", "import storage", "storage"),
+    Statement("storage names", "from storage import S3Config, Storage", "storage"),
+    Statement("boto3", "import boto3", "boto3"),
+    Statement("s3fs", "import s3fs", "s3fs"),
+    Statement("kserve_storage", "import kserve_storage", "kserve-storage", kserve=True),
+)
+BARE = "bare interpreter"
+BARE_KSERVE = "bare interpreter (kserve)"
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """All runs of a case, by contestant (or by statement), without the discarded ones."""
+
+    name: str
+    title: str
+    bytes: int
+    files: int
+    runs: Mapping[str, Sequence[Measurement]] = field(default_factory=dict)
+
+
+class Bench:
+    """One session: a store that holds the data, a scratch directory, the programs."""
+
+    def __init__(
+        self,
+        store: Store,
+        tools: Toolbox,
+        scratch: Path,
+        sizes: Sizes,
+        *,
+        seed: int,
+        timeout: float,
+        say: Callable[[str], object],
+    ) -> None:
+        """Prepare nothing yet.
+
+        Args:
+            store: a running server.
+            tools: programs and interpreters.
+            scratch: an empty directory with room for twice the object.
+            sizes: how much, how often.
+            seed: of the data.
+            timeout: seconds that one run may take.
+            say: is told about every run.
+        """
+        self.store = store
+        self.tools = tools
+        self.scratch = scratch
+        self.sizes = sizes
+        self.seed = seed
+        self.timeout = timeout
+        self.say = say
+        self._object: Source | None = None
+        self._tree: Source | None = None
+        self._seeded = False
+
+    def run(self, case: Case, contestants: Sequence[Contestant]) -> CaseResult:
+        """Measure ``case`` for everybody who can do it."""
+        if case.action == "import":
+            return self._run_imports(case, {contestant.name for contestant in contestants})
+        entrants = [one for one in contestants if case.action in one.actions]
+        source = self._prepare(case)
+        size = source.size
+        title = {
+            "download-object": f"Download of one object of {_size(size)}",
+            "download-tree": f"Download of {len(source.digests):,} objects of 8 KiB",
+            "upload-object": f"Upload of one object of {_size(size)}",
+        }[case.action]
+
+        def once(name: str, discarded: bool) -> Measurement:
+            contestant = next(one for one in entrants if one.name == name)
+            return self._transfer(case, contestant, source, check=not discarded)
+
+        runs = self._alternate(case, [one.name for one in entrants], self.sizes.rounds, once)
+        return CaseResult(case.name, title, size, len(source.digests), runs)
+
+    def _alternate(
+        self,
+        case: Case,
+        names: Sequence[str],
+        rounds: int,
+        once: Callable[[str, bool], Measurement],
+    ) -> dict[str, list[Measurement]]:
+        """Run everybody once for nothing, then in turns; each round starts with another.
+
+        Who fails once does not run again.
+        """
+        runs: dict[str, list[Measurement]] = {name: [] for name in names}
+        for number in range(1 if self.sizes.quick else 0, rounds + 1):
+            offset = number % len(names) if names else 0
+            for name in [*names[offset:], *names[:offset]]:
+                if any(run.fault for run in runs[name]):
+                    continue
+                run = once(name, number == 0)
+                if number > 0 or run.fault:
+                    runs[name].append(run)
+                self.say(
+                    f"{case.name:9} {'warm-up' if number == 0 else f'round {number}':8} "
+                    f"{name:26} {run.seconds:8.3f} s {run.peak_memory / 2**20:7.0f} MiB"
+                    f"{'  ' + run.fault if run.fault else ''}"
+                )
+        return runs
+
+    def _prepare(self, case: Case) -> Source:
+        if not self._seeded:
+            self.store.make_bucket(_SOURCE_BUCKET)
+            self._seeded = True
+        if case.action == "download-tree":
+            if self._tree is None:
+                self.say("preparing the small files")
+                self._tree = make_tree(
+                    self.scratch / "tree", self.sizes.files, _SMALL_FILE, self.seed
+                )
+                self.store.put(self._tree, _SOURCE_BUCKET, _TREE_KEY)
+            return self._tree
+        if self._object is None:
+            self.say("preparing the large object")
+            self._object = make_file(self.scratch / "model.bin", self.sizes.object_bytes, self.seed)
+            self.store.put(self._object, _SOURCE_BUCKET, _OBJECT_KEY)
+        return self._object
+
+    def _transfer(
+        self, case: Case, contestant: Contestant, source: Source, check: bool
+    ) -> Measurement:
+        home = self.scratch / "run"
+        target = self.scratch / "target"
+        for folder in (home, target):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        job = self._job(case, source, target)
+        upload = case.action == "upload-object"
+        if upload:
+            self.store.make_bucket(_UPLOAD_BUCKET)
+        # What an earlier run left to be written to the disk is not the next one's burden.
+        os.sync()
+        try:
+            command = contestant.command(job, self.tools, self.store.server, home)
+            run = measure(command, home, self.timeout)
+            if check and run.fault is None:
+                run = replace(run, fault=self._check(case, job, source))
+            return run
+        finally:
+            if upload:
+                self.store.remove_bucket(_UPLOAD_BUCKET)
+            shutil.rmtree(target)
+
+    def _job(self, case: Case, source: Source, target: Path) -> Job:
+        if case.action == "upload-object":
+            return Job(case.action, _UPLOAD_BUCKET, _OBJECT_KEY, source.path)
+        if case.action == "download-tree":
+            return Job(case.action, _SOURCE_BUCKET, _TREE_KEY, target / "model")
+        digests = {"sha256": source.digests[""], "blake3": source.blake3}
+        return Job(case.action, _SOURCE_BUCKET, _OBJECT_KEY, target / "model.bin", digests)
+
+    def _check(self, case: Case, job: Job, source: Source) -> str | None:
+        if case.action == "upload-object":
+            return self.store.check_object(job.bucket, job.key, source)
+        if case.action == "download-tree":
+            return check_tree(job.path, source)
+        return check_file(job.path, source)
+
+    def _run_imports(self, case: Case, taking_part: set[str]) -> CaseResult:
+        statements = [one for one in IMPORTS if one.contestant in taking_part]
+        lines = {BARE: Statement(BARE, "pass", "")}
+        if any(one.kserve for one in statements):
+            lines[BARE_KSERVE] = Statement(BARE_KSERVE, "pass", "", kserve=True)
+        lines |= {one.name: one for one in statements}
+        home = self.scratch / "run"
+        home.mkdir(exist_ok=True)
+
+        def once(name: str, discarded: bool) -> Measurement:
+            python = self.tools.kserve_python if lines[name].kserve else self.tools.python
+            environment = self.tools.environment(home)
+            return measure(Command([python, "-c", lines[name].code], environment), home, 60)
+
+        runs = self._alternate(case, list(lines), self.sizes.import_rounds, once)
+        return CaseResult(case.name, "Import time", 0, 0, runs)
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:g} GiB" if count >= GIB else f"{count / 1024**2:g} MiB"

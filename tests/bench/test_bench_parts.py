@@ -1,0 +1,212 @@
+"""The harness measures what it says, and does not count what it should not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from tests.bench.cases import CASES, Bench, CaseResult, Sizes
+from tests.bench.contestants import Contestant, Job, Toolbox
+from tests.bench.data import Server, Source, Store, check_file, check_tree, make_file, make_tree
+from tests.bench.measure import Command, Measurement, measure
+from tests.bench.report import plot
+from tests.bench.targets import judge
+
+MIB = 1024**2
+
+
+def python(code: str) -> Command:
+    """Return a command that runs ``code``."""
+    return Command([sys.executable, "-c", code], {"PATH": os.defpath})
+
+
+def run(seconds: float, memory: int = 50 * MIB, fault: str | None = None) -> Measurement:
+    """Return a made-up account."""
+    return Measurement(seconds, seconds, memory, 1, fault=fault)
+
+
+def test_the_peak_of_one_process_is_its_own_and_not_the_harness_s(tmp_path: Path) -> None:
+    ballast = bytearray(os.urandom(MIB)) * 200
+    idle = measure(python("pass"), tmp_path, 60)
+    busy = measure(python("x = b'x' * (100 << 20)"), tmp_path, 60)
+    del ballast
+    assert idle.fault is None
+    assert idle.peak_memory < 50 * MIB
+    assert 100 * MIB <= busy.peak_memory < 150 * MIB
+
+
+def test_the_memory_of_children_is_added(tmp_path: Path) -> None:
+    # Both children hold their memory until the parent has seen it and closes their input.
+    child = "import sys; x = b'x' * (60 << 20); print(flush=True); sys.stdin.read()"
+    parent = (
+        "import subprocess as s, sys, time\n"
+        f"kids = [s.Popen([sys.executable, '-c', {child!r}], stdin=s.PIPE, stdout=s.PIPE)"
+        " for _ in range(2)]\n"
+        "for kid in kids: kid.stdout.readline()\n"
+        "time.sleep(1)\n"  # What is sampled has to last for a few samples.
+        "for kid in kids: kid.communicate()\n"
+    )
+    account = measure(python(parent), tmp_path, 60)
+    assert account.fault is None
+    assert account.processes == 3
+    assert account.peak_memory >= 120 * MIB
+
+
+def test_a_failure_is_told_with_the_last_line_it_wrote(tmp_path: Path) -> None:
+    account = measure(python("raise SystemExit('first\\nno such bucket')"), tmp_path, 60)
+    assert account.fault == "exit status 1: no such bucket"
+
+
+def test_a_run_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    code = (
+        "import subprocess as s, sys\n"
+        "kid = s.Popen([sys.executable, '-c', 'import signal; signal.pause()'])\n"
+        f"open({os.fspath(pid_file)!r}, 'w').write(str(kid.pid))\n"
+        "kid.wait()\n"
+    )
+    account = measure(python(code), tmp_path, 5)
+    assert account.fault == "killed after 5 s"
+    stat = Path(f"/proc/{pid_file.read_text()}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_data_of_one_seed_are_the_same_and_of_another_are_not(tmp_path: Path) -> None:
+    first, again, other = (
+        make_file(tmp_path / name, 3 * MIB + 5, seed)
+        for name, seed in [("a", 1), ("b", 1), ("c", 2)]
+    )
+    assert first.path.stat().st_size == 3 * MIB + 5
+    assert first.digests == again.digests
+    assert first.digests != other.digests
+
+
+def test_a_changed_byte_and_an_absent_file_are_seen(tmp_path: Path) -> None:
+    source = make_file(tmp_path / "source", MIB, 1)
+    copy = tmp_path / "copy"
+    assert check_file(copy, source) == "nothing delivered"
+    shutil.copy(source.path, copy)
+    assert check_file(copy, source) is None
+    with open(copy, "r+b") as stream:
+        stream.seek(1000)
+        byte = stream.read(1)
+        stream.seek(1000)
+        stream.write(bytes([byte[0] ^ 1]))
+    assert "wrong bytes" in str(check_file(copy, source))
+
+
+def test_missing_surplus_and_wrong_files_of_a_tree_are_counted(tmp_path: Path) -> None:
+    source = make_tree(tmp_path / "source", 150, 100, 1)
+    copy = tmp_path / "copy"
+    shutil.copytree(source.path, copy)
+    assert check_tree(copy, source) is None
+    names = sorted(source.digests)
+    (copy / names[0]).unlink()
+    (copy / names[1]).write_bytes(b"no")
+    (copy / "extra").write_bytes(b"")
+    assert check_tree(copy, source) == "1 files missing, 1 surplus, 1 with wrong bytes"
+
+
+class Liar(Contestant):
+    """Delivers the bytes that it is told to, whatever the store holds."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        super().__init__(name)
+        self.content = content
+
+    def missing(self, tools: Toolbox) -> str | None:
+        return None
+
+    def version(self, tools: Toolbox) -> str:
+        return "0"
+
+    def command(self, job: Job, tools: Toolbox, server: Server, home: Path) -> Command:
+        return python(f"open({os.fspath(job.path)!r}, 'wb').write({self.content!r})")
+
+
+class EmptyStore:
+    """A store that is asked for nothing, because nobody downloads from it."""
+
+    server = None
+
+    def make_bucket(self, bucket: str) -> None:
+        """Accept it."""
+
+    def put(self, source: Source, bucket: str, key: str) -> None:
+        """Accept it."""
+
+
+def test_a_contestant_that_delivers_wrong_bytes_is_named_and_not_run_again(tmp_path: Path) -> None:
+    right = make_file(tmp_path / "model.bin", 1000, 7).path.read_bytes()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    bench = Bench(
+        cast(Store, EmptyStore()),
+        Toolbox(),
+        scratch,
+        Sizes(object_bytes=1000, rounds=2),
+        seed=7,
+        timeout=60,
+        say=lambda line: None,
+    )
+    result = bench.run(CASES["download"], [Liar("honest", right), Liar("liar", b"x" * 1000)])
+    assert [one.fault for one in result.runs["honest"]] == [None, None]
+    assert [one.fault for one in result.runs["liar"]] == ["wrong bytes (1000 instead of 1000)"]
+
+
+def result(name: str, **seconds: Measurement) -> CaseResult:
+    """Return a case with one run of each contestant; ``_`` in a name stands for ``-``."""
+    runs = {who.replace("_", "-"): [one] for who, one in seconds.items()}
+    return CaseResult(name, name, 1000, 1, runs)
+
+
+@pytest.mark.parametrize(("ours", "met"), [(6.9, True), (7.1, False)])
+def test_a_target_is_a_ratio_of_medians(ours: float, met: bool) -> None:
+    small = result("small", storage=run(ours), s5cmd=run(10), kserve_storage=run(200))
+    against_s5cmd, against_kserve, _ = judge({"small": small})
+    assert against_s5cmd.met is met
+    assert against_kserve.met is True
+
+
+def test_a_peer_that_failed_is_not_the_best_peer() -> None:
+    runs = {
+        "storage+blake3": [run(3)],
+        "s5cmd": [run(1, fault="wrong bytes")],
+        "rclone": [run(4)],
+    }
+    verdict = judge({"download": CaseResult("download", "Download", 1000, 1, runs)})[0]
+    assert verdict.met is True
+    assert "x rclone" in verdict.found
+
+
+def test_a_target_that_lacks_a_figure_is_neither_met_nor_missed() -> None:
+    verdicts = judge({"upload": result("upload", storage=run(1))})
+    assert verdicts[0].met is None
+
+
+def test_a_quick_run_is_not_judged() -> None:
+    small = result("small", storage=run(1), s5cmd=run(10))
+    words = [verdict.word for verdict in judge({"small": small}, quick=True)]
+    assert words == ["not judged", "not measured", "not judged"]
+
+
+def test_the_memory_target_takes_the_worst_of_all_cases() -> None:
+    verdict = judge(
+        {
+            "small": result("small", storage=run(1, 50 * MIB)),
+            "upload": result("upload", storage=run(1, 170 * MIB)),
+        }
+    )[-1]
+    assert verdict.met is False
+    assert "170 MiB" in verdict.found
+
+
+def test_the_plot_leaves_out_who_failed() -> None:
+    picture = plot({"upload": result("upload", storage=run(1), rclone=run(2, fault="no"))})
+    assert "storage" in picture
+    assert "rclone" not in picture
