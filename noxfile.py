@@ -108,7 +108,8 @@ def soak(session: nox.Session) -> None:
     rounds = int(session.posargs[0]) if session.posargs else 10
     for seed in range(rounds):
         session.log(f"round {seed + 1} of {rounds}")
-        session.run("pytest", "-x", "-q", f"--hypothesis-seed={seed}")
+        soak = {"STORAGE_SOAK": "1"}  # ten times the rounds of the tests that kill and race
+        session.run("pytest", "-x", "-q", f"--hypothesis-seed={seed}", env=soak)
 
 
 @nox.session

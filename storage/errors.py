@@ -203,6 +203,8 @@ class TransientError(TransferError):
         """Keep the ``message`` and the seconds that the store asked to wait, if it did."""
         super().__init__(message)
         self.retry_after = retry_after
+        self.spent = False
+        """Whether it was repeated already, as often as the policy allows."""
 
 
 class UnreachableError(TransientError):

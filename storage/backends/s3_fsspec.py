@@ -66,6 +66,8 @@ _STANDARD = (
     "StorageClass",
 )
 
+_loader: Any = None
+
 
 class S3FsspecBackend(FsspecBackend):
     """One bucket through s3fs; see :class:`~storage.backends.base.Backend`."""
@@ -134,6 +136,8 @@ class S3FsspecBackend(FsspecBackend):
         arguments["config_kwargs"] = config
         arguments["skip_instance_cache"] = True
         cls = self._implementation()
+        if not arguments.get("profile"):
+            arguments.setdefault("session", _new_session())
         with translated(self._uri):
             fs = cls(**arguments)
         fs.retries = 1
@@ -467,6 +471,22 @@ class S3FsspecBackend(FsspecBackend):
         with translated(self._uri):
             fs: AbstractFileSystem = self._implementation()(**self._arguments)
         return fs, self._bucket
+
+
+def _new_session() -> Any:
+    """Return a session of its own, which shares only the descriptions of AWS's services.
+
+    Reading them takes most of the time that a client takes to make.
+    """
+    global _loader
+    from aiobotocore.session import AioSession
+
+    session = AioSession()
+    if _loader is None:
+        _loader = session.get_component("data_loader")
+    else:
+        session.register_component("data_loader", _loader)
+    return session
 
 
 def _exactly(stream: Any, size: int) -> bytes:

@@ -73,13 +73,17 @@ class RetryPolicy:
                             raise _ProgressedError from exc
                         raise
         except UnreachableError as exc:
-            raise _spent(UnreachableError, exc, tried) from exc
+            if exc.spent:
+                raise
+            error = _spent(UnreachableError, exc, tried)
+            error.spent = True
+            raise error from exc
         except TransientError as exc:
             raise _spent(TransferError, exc, tried) from exc
         raise AssertionError("a retry context ends by returning or raising")
 
     def _wait_hint(self, exc: Exception) -> bool | float:
-        if not isinstance(exc, TransientError):
+        if not isinstance(exc, TransientError) or exc.spent:
             return False
         if exc.retry_after is None:
             return True
@@ -98,6 +102,9 @@ class _ProgressedError(Exception):
     """The step failed, but later than before."""
 
 
-def _spent(kind: type[TransferError], exc: TransientError, tried: int) -> TransferError:
+_Error = TypeVar("_Error", bound=TransferError)
+
+
+def _spent(kind: type[_Error], exc: TransientError, tried: int) -> _Error:
     times = "once" if tried == 1 else f"{tried} times"
     return kind(f"{exc} (tried {times})")

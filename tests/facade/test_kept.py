@@ -115,7 +115,7 @@ def test_what_is_on_this_machine_stays_where_it_is(
     store.put_all({f"iris/{path}": data for path, data in TREE.items()})
     for path in ("iris", "iris/", "iris/model.bin"):
         for offline in (None, True, "auto"):
-            found = Storage.download(store.uri(path), config=store.config, offline=offline)  # type: ignore[arg-type]
+            found = Storage.download(store.uri(path), config=store.config, offline=offline)
             assert found == store.filesystem_path(path).rstrip("/")
     assert cached_files() == []
 

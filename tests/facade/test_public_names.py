@@ -348,9 +348,17 @@ MADE: Mapping[str, Callable[[], BaseException]] = {
 }
 
 
+def made(name: str) -> BaseException:
+    make = MADE.get(name)
+    if make is not None:
+        return make()
+    error: BaseException = getattr(storage.errors, name)("something failed")
+    return error
+
+
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in drawn_errors()}))
 def test_errors_survive_pickling_and_copying(name: str) -> None:
-    error = MADE.get(name, lambda: getattr(storage.errors, name)("something failed"))()
+    error = made(name)
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is type(error)
         assert str(again) == str(error) != ""
@@ -360,7 +368,7 @@ def test_errors_survive_pickling_and_copying(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in drawn_errors()}))
 def test_errors_say_what_they_were_given(name: str) -> None:
-    error = MADE.get(name, lambda: getattr(storage.errors, name)("something failed"))()
+    error = made(name)
     assert any(
         word in str(error)
         for word in ("failed", "s3://b/k", "bucket b", "iris", "reason", "slow", "nobody")
