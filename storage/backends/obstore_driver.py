@@ -10,6 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,6 +26,7 @@ from storage.backends.base import (
     content_digests,
     md5_hint,
 )
+from storage.backends.obstore_errors import Classify, translated
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -32,13 +34,8 @@ from storage.errors import (
     IntegrityError,
     InvalidInput,
     ModelMissingError,
-    ObjectChangedError,
-    ObjectExistsError,
     StorageError,
     TransientError,
-    UnreachableError,
-    UnsupportedOperation,
-    one_line,
 )
 
 if TYPE_CHECKING:
@@ -54,15 +51,6 @@ _MAX_PARTS = 10_000
 _SINGLE_PUT_LIMIT = 8 * _MIB
 # object_store parses keys as paths and refuses these; the second driver takes them as they are.
 _INEXPRESSIBLE = re.compile(r"(?:^|/)(?:\.{0,2})(?:/|$)|[\x00-\x1f\x7f]")
-# Both are read from the debug form of an error, where names and bodies are quoted and escaped:
-# a key cannot pretend to be a status.
-_STATUS = re.compile(r"\bStatus \{\s*\n\s*status: (\d{3})")
-_KIND = re.compile(r"\bHttpError \{\s*\n\s*kind: (\w+)")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
-_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
-
-Classify = Callable[[str, str, int, str], StorageError]
-"""Says what an error answer means: (URI, error code or "", HTTP status, message) → error."""
 
 
 class ObstoreBackend:
@@ -123,8 +111,8 @@ class ObstoreBackend:
     def _where(self, key: str) -> str:
         return f"{self._uri}{key}"
 
-    def _translated(self, key: str) -> _translated:
-        return _translated(self._where(key), self._classify)
+    def _translated(self, key: str) -> AbstractContextManager[None]:
+        return translated(self._where(key), self._classify)
 
     def _expressible(self, key: str) -> bool:
         """Tell whether obstore can name ``key``; the second driver takes the others."""
@@ -208,9 +196,17 @@ class ObstoreBackend:
             options["if_match"] = pin.etag
         if pin is not None and pin.version is not None:
             options["version"] = pin.version
-        with self._translated(key):
-            result = _obstore().get(self._store(), key, options=options)
-            start, end = result.range
+        try:
+            with self._translated(key):
+                result = _obstore().get(self._store(), key, options=options)
+        except AuthenticationError:
+            if not {"version", "if_match"} <= options.keys():
+                raise
+            # To name a version takes a permission of its own; the ETag is as strict.
+            del options["version"]
+            with self._translated(key):
+                result = _obstore().get(self._store(), key, options=options)
+        start, end = result.range
         expected = end - start
         if span is not None and (start, end) != (span.start, span.end):
             # A store that ignores Range answers with the whole object.
@@ -440,71 +436,3 @@ class _Blocks:
         block = b"".join(pieces)
         self.total += len(block)
         return block
-
-
-class _translated:  # noqa: N801 -- used as a statement
-    """Turn obstore's exceptions into ours."""
-
-    def __init__(self, where: str, classify: Classify) -> None:
-        self._where = where
-        self._classify = classify
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
-        if exc is None or isinstance(exc, StorageError) or not isinstance(exc, Exception):
-            return
-        error = _error_for(exc, self._where, self._classify)
-        if error is not None:
-            raise error from exc
-
-
-def _error_for(exc: Exception, where: str, classify: Classify) -> StorageError | None:
-    from obstore import exceptions
-
-    text = str(exc)
-    head, _, debug = text.partition("\n\nDebug source:")
-    if isinstance(exc, exceptions.AlreadyExistsError):
-        return ObjectExistsError(f"{where} exists already and is not to be overwritten")
-    if isinstance(exc, exceptions.PreconditionError):
-        return ObjectChangedError(f"{where} is no longer the version that was asked for")
-    if isinstance(exc, exceptions.NotSupportedError):
-        return UnsupportedOperation(f"{where}: the store cannot do that: {_last(head)}")
-    if isinstance(exc, exceptions.InvalidPathError):
-        return InvalidInput(f"{where}: a key cannot be expressed: {_last(head)}")
-    if match := _STATUS.search(debug):
-        code = found.group(1) if (found := _CODE.search(head)) else ""
-        message = found.group(1) if (found := _MESSAGE.search(head)) else ""
-        return classify(where, code, int(match.group(1)), message)
-    if isinstance(exc, FileNotFoundError):
-        return ModelMissingError(where)
-    if isinstance(exc, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)):
-        return AuthenticationError(f"{where}: access was refused: {_last(head)}")
-    if isinstance(exc, exceptions.BaseError):
-        return _unanswered(text, where, head)
-    if isinstance(exc, (ConnectionError, TimeoutError)):
-        return TransientError(f"{where}: {_last(head)}")
-    if isinstance(exc, ValueError):
-        return ConfigurationError(f"{where}: the store's settings are refused: {_last(head)}")
-    return None
-
-
-def _unanswered(text: str, where: str, head: str) -> StorageError:
-    """Classify what went wrong below HTTP."""
-    if "invalid peer certificate" in text:
-        return ConfigurationError(
-            f"{where}: the store's TLS certificate is not trusted; name its authority in "
-            "ca_bundle, or SSL_CERT_FILE"
-        )
-    kind = match.group(1) if (match := _KIND.search(text)) else None
-    if kind == "Connect":
-        return UnreachableError(
-            f"{where}: nobody answers at the store's address ({_last(head)}); check the "
-            "endpoint, the network and the proxy"
-        )
-    return TransientError(f"{where}: {_last(head)}")
-
-
-def _last(head: str) -> str:
-    return one_line(head.rsplit(" - ", 1)[-1])

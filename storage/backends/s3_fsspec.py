@@ -66,6 +66,20 @@ _STANDARD = (
     "StorageClass",
 )
 
+_PLAIN = frozenset(
+    (
+        "anon",
+        "client_kwargs",
+        "config_kwargs",
+        "endpoint_url",
+        "key",
+        "requester_pays",
+        "secret",
+        "skip_instance_cache",
+        "token",
+        "use_listings_cache",
+    )
+)
 _loader: Any = None
 
 
@@ -136,8 +150,9 @@ class S3FsspecBackend(FsspecBackend):
         arguments["config_kwargs"] = config
         arguments["skip_instance_cache"] = True
         cls = self._implementation()
-        if not arguments.get("profile"):
-            arguments.setdefault("session", _new_session())
+        if _PLAIN.issuperset(arguments):
+            # With a session given, s3fs would ignore a misspelt argument.
+            arguments["session"] = _new_session()
         with translated(self._uri):
             fs = cls(**arguments)
         fs.retries = 1
