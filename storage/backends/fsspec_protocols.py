@@ -256,7 +256,9 @@ def _with_known_hosts(cls: Any) -> Any:
         def _connect(self) -> None:
             self.client = paramiko.SSHClient()
             self.client.load_system_host_keys()
-            self.client.set_missing_host_key_policy(self.host_key_policy)
+            # Releases of fsspec before 2026.9 have no such option.
+            policy = getattr(self, "host_key_policy", None) or paramiko.AutoAddPolicy()
+            self.client.set_missing_host_key_policy(policy)
             self.client.connect(self.host, **self.ssh_kwargs)
             self.ftp = self.client.open_sftp()
 

@@ -49,6 +49,7 @@ def test_the_long_key_is_long() -> None:
     assert max(map(len, NINE_HUNDRED.split("/"))) <= 255
 
 
+@slow_on("moto-obstore", "moto-fsspec")
 @pytest.mark.parametrize("kind", ODD_KEYS)
 def test_odd_key_as_one_object(store: Store, tmp_path: Path, out: Path, kind: str) -> None:
     key = ODD_KEYS[kind]
