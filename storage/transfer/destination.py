@@ -55,6 +55,8 @@ _INSIDE = ".storage"
 _FIXTURES = frozenset({"lost+found"})
 # Seconds; moving the entries of a tree takes a fraction of one.
 _MOVE_TIMEOUT = 60.0
+# Looks at a destination that others replace meanwhile.
+_SWAPS = 10
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -201,13 +203,24 @@ class Destination:
                 f"{_shown(self.path)} is not a folder, and a tree is to go there; "
                 "name another destination or remove it"
             )
-        if self._overwrite or not self._entries() or trees.is_marked(self.path, _NOT_OURS):
+        if self._overwrite or not self._entries() or self._is_ours():
             return
         raise ObjectExistsError(
             f"{_shown(self.path)} holds files that this library did not put there, or that were "
             "changed since; expected an absent or empty folder; pass overwrite=True to "
             "replace everything in it"
         )
+
+    def _is_ours(self) -> bool:
+        """Tell whether the tree is as this library published it."""
+        for _ in range(_SWAPS):
+            before = os.stat(self.path)
+            if trees.is_marked(self.path, _NOT_OURS):
+                return True
+            # Another download may have put its tree there while this one was being looked at.
+            if os.path.samestat(before, os.stat(self.path)):
+                return False
+        return False
 
     def _entries(self) -> list[str]:
         """Return the names in the destination that are not of the file system or of ours."""

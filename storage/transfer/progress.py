@@ -71,6 +71,7 @@ class Meter:
         self._bytes = self._present = self._objects = 0
         self._began = time.monotonic()
         self._told = 0.0
+        self._told_bytes = False
 
     def moved(self) -> int:
         """Return the bytes counted so far."""
@@ -104,9 +105,12 @@ class Meter:
         if self._callback is None:
             return
         now = time.monotonic()
-        if not finished and now - self._told < _INTERVAL:
+        # The first bytes are always told, so that a caller sees that something moves.
+        first_bytes = self._bytes != 0 and not self._told_bytes
+        if not finished and not first_bytes and now - self._told < _INTERVAL:
             return
         self._told = now
+        self._told_bytes = self._bytes != 0
         self._callback(
             Progress(
                 self._operation,

@@ -296,6 +296,10 @@ class S3Store(Store):
         self.server.put_raw(self.bucket, self._prefix + path, data)
 
     def put_all(self, files: Mapping[str, bytes]) -> None:
+        if len(files) <= 50:
+            # In order: SeaweedFS loses one of "a" and "a/b" if they come at the same moment.
+            super().put_all(files)
+            return
         client = self.server.raw  # made before the threads ask for it
 
         def put(item: tuple[str, bytes]) -> None:
