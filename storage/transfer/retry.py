@@ -44,9 +44,24 @@ class RetryPolicy:
         Raises:
             TransferError: the attempts are spent; from the last ``TransientError``.
         """
+        # Most steps succeed at once, and do without the machinery of repeating.
+        try:
+            return step()
+        except TransientError as exc:
+            if exc.spent:
+                raise
+            failed: TransientError | None = exc
+
+        def repeat() -> T:
+            nonlocal failed
+            if failed is not None:
+                error, failed = failed, None
+                raise error
+            return step()
+
         while True:
             try:
-                return self._until_progress(step, progressed)
+                return self._until_progress(repeat, progressed)
             except _ProgressedError:
                 continue
 
