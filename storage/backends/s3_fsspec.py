@@ -26,6 +26,7 @@ from storage.backends.fsspec_driver import MIB, FsspecBackend
 from storage.backends.fsspec_parts import Chunks, arriving, run
 from storage.backends.s3_answers import described, extent, from_code, translated, version_of
 from storage.backends.s3_multipart import MultipartUpload, Watched, part_sizes
+from storage.backends.s3_session import PLAIN_ARGUMENTS, new_session
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -65,22 +66,6 @@ _STANDARD = (
     "ContentType",
     "StorageClass",
 )
-
-_PLAIN = frozenset(
-    (
-        "anon",
-        "client_kwargs",
-        "config_kwargs",
-        "endpoint_url",
-        "key",
-        "requester_pays",
-        "secret",
-        "skip_instance_cache",
-        "token",
-        "use_listings_cache",
-    )
-)
-_loader: Any = None
 
 
 class S3FsspecBackend(FsspecBackend):
@@ -150,9 +135,8 @@ class S3FsspecBackend(FsspecBackend):
         arguments["config_kwargs"] = config
         arguments["skip_instance_cache"] = True
         cls = self._implementation()
-        if _PLAIN.issuperset(arguments):
-            # With a session given, s3fs would ignore a misspelt argument.
-            arguments["session"] = _new_session()
+        if PLAIN_ARGUMENTS.issuperset(arguments):
+            arguments["session"] = new_session()
         with translated(self._uri):
             fs = cls(**arguments)
         fs.retries = 1
@@ -486,22 +470,6 @@ class S3FsspecBackend(FsspecBackend):
         with translated(self._uri):
             fs: AbstractFileSystem = self._implementation()(**self._arguments)
         return fs, self._bucket
-
-
-def _new_session() -> Any:
-    """Return a session of its own, which shares only the descriptions of AWS's services.
-
-    Reading them takes most of the time that a client takes to make.
-    """
-    global _loader
-    from aiobotocore.session import AioSession
-
-    session = AioSession()
-    if _loader is None:
-        _loader = session.get_component("data_loader")
-    else:
-        session.register_component("data_loader", _loader)
-    return session
 
 
 def _exactly(stream: Any, size: int) -> bytes:
