@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from storage.errors import InvalidInput, one_line, redact
 
@@ -62,6 +62,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._$-]{0,254}")
 _AZURE_HOST = re.compile(
     r"([a-z0-9]{3,24})\.(?:blob|dfs)\.core\.(windows\.net|usgovcloudapi\.net|chinacloudapi\.cn)"
 )
+_HF_REPO = re.compile(r"(?:[A-Za-z0-9_-][\w.-]*/)?[A-Za-z0-9_-][\w.-]*", re.ASCII)
 _HF_SPECIAL_REVISION = re.compile(r"refs/(?:convert/[\w.-]+|pr/\d+)")
 _HF_KINDS = {"datasets": "dataset", "spaces": "space", "models": "model"}
 
@@ -115,12 +116,20 @@ class Location:
         """The last part of the key, which names a downloaded file. May be empty."""
         path = self.key.rstrip("/")
         name = path.rsplit("/", 1)[-1]
-        return unquote(name) if self.type == "http" else name
+        # An encoded slash is no part of a file's name.
+        return unquote(name).rsplit("/", 1)[-1] if self.type == "http" else name
 
     def child(self, path: str) -> Location:
         """Return the location of ``path`` (relative, literal) below this one."""
         separator = "" if self.forces_tree else "/"
-        return replace(self, key=f"{self.key}{separator}{path}", version=None, digest=None)
+        url = self.url
+        if self.type == "http":
+            # All that may be encoded is: some servers read a "+" in a path as a space.
+            path = quote(path, safe="/~", errors="surrogateescape")
+            if url is not None:
+                parts = urlsplit(url)
+                url = parts._replace(path=f"{parts.path or '/'}{separator}{path}").geturl()
+        return replace(self, key=f"{self.key}{separator}{path}", version=None, digest=None, url=url)
 
     def __str__(self) -> str:
         """The canonical URI, without anything that may be a credential."""
@@ -128,7 +137,10 @@ class Location:
             return redact(self.url)
         pin = ""
         if self.version is not None:
-            pin = {"gs": "?generation=", "hf": "@"}.get(self.scheme, "?versionId=") + self.version
+            pin = {"gs": "?generation=", "hf": "@"}.get(self.scheme, "?versionId=")
+            # A slash in the name of a branch would begin the key.
+            plain = self.scheme != "hf" or _HF_SPECIAL_REVISION.fullmatch(self.version)
+            pin += self.version if plain else quote(self.version, safe="")
         if self.scheme == "file":
             return f"/{self.key}"
         if self.scheme == "hf":
@@ -276,16 +288,34 @@ def _parse_http(scheme: str, rest: str, text: str) -> Location:
     if account and scheme == "https" and port in (None, 443) and parts.username is None:
         container, _, key = parts.path.lstrip("/").partition("/")
         _check_bucket("azure", container, text)
+        version, query = _split_version(parts.query)
+        if version is not None and (not key or key.endswith("/")):
+            raise InvalidInput(f"{one_line(text)!r}: a version belongs to one object, not a tree")
         return Location(
             "azure",
             container,
             unquote(key),
+            version,
             account=account.group(1),
             domain=account.group(2),
-            query=parts.query or None,
+            query=query,
         )
+    host = f"[{host}]" if ":" in host else host
     netloc = f"{host}:{port}" if port else host
-    return Location(scheme, netloc, parts.path.lstrip("/"), url=text)
+    return Location(scheme, netloc, parts.path.removeprefix("/"), url=text)
+
+
+def _split_version(query: str) -> tuple[str | None, str | None]:
+    """Return the version that the query of an Azure URL names, and what else it holds."""
+    version = None
+    others = []
+    for field_text in query.split("&"):
+        name, _, value = field_text.partition("=")
+        if name.lower() == "versionid" and value:
+            version = unquote(value)
+        else:
+            others.append(field_text)
+    return version, "&".join(others) or None
 
 
 def _parse_hf(scheme: str, rest: str, text: str) -> Location:
@@ -295,7 +325,7 @@ def _parse_hf(scheme: str, rest: str, text: str) -> Location:
         repo_type, rest = _HF_KINDS[first], tail
     # The repository ends at its revision, else after "owner/name" ("gpt2" has no owner).
     repo = re.match(r"[^/@:]+(?:/[^/@:]+)?", rest)
-    if repo is None or ".." in repo.group(0):
+    if repo is None or not _HF_REPO.fullmatch(repo.group(0)) or ".." in repo.group(0):
         raise InvalidInput(f"{one_line(text)!r}: there is no repository; as in {HF_URI_FORMAT}")
     rest = rest[repo.end() :]
     revision = None

@@ -35,6 +35,9 @@ SHA = "a" * 64
         ("/abs/path", "file", "", "abs/path"),
         ("http://host:8080/a/b", "http", "host:8080", "a/b"),
         ("https://host/a/b", "https", "host", "a/b"),
+        ("https://host//a//b", "https", "host", "/a//b"),
+        ("https://u:p@HOST:8443/a%20b?x=1#top", "https", "host:8443", "a%20b"),
+        ("http://[::1]:8080/a", "http", "[::1]:8080", "a"),
         ("sftp://host/a/b", "sftp", "host", "a/b"),
     ],
 )
@@ -118,6 +121,27 @@ def test_azure_forms(uri: str, account: str | None, container: str, key: str) ->
 
 
 @pytest.mark.parametrize(
+    ("query", "version", "rest"),
+    [
+        ("sv=1&sig=a%2Bb", None, "sv=1&sig=a%2Bb"),
+        ("versionId=2026-01-02T03:04:05.0000001Z", "2026-01-02T03:04:05.0000001Z", None),
+        ("sv=1&versionid=2026-01-02T03%3A04%3A05Z&sig=x", "2026-01-02T03:04:05Z", "sv=1&sig=x"),
+    ],
+)
+def test_query_of_an_azure_url_names_a_version_or_is_a_credential(
+    query: str, version: str | None, rest: str | None
+) -> None:
+    location = parse_uri(f"https://acct.blob.core.windows.net/c/p?{query}")
+    assert (location.version, location.query) == (version, rest)
+    assert "sig" not in str(location)
+
+
+def test_version_in_an_azure_url_belongs_to_one_object() -> None:
+    with pytest.raises(InvalidInput, match="version"):
+        parse_uri("https://acct.blob.core.windows.net/c/tree/?versionid=1")
+
+
+@pytest.mark.parametrize(
     "uri",
     [
         "https://evil.example/https://a.blob.core.windows.net/c/x",
@@ -153,6 +177,7 @@ def test_hub_forms(uri: str, kind: str, repo: str, revision: str | None, path: s
     location = parse_uri(uri)
     assert location.repo_type == kind
     assert (location.bucket, location.version, location.key) == (repo, revision, path)
+    assert parse_uri(str(location)) == location
 
 
 @pytest.mark.parametrize(
@@ -181,6 +206,10 @@ def test_hub_forms(uri: str, kind: str, repo: str, revision: str | None, path: s
         "hf://",
         "hf://owner/model@",
         "hf://datasets/",
+        "hf://owner/../x",
+        "hf://./model",
+        "hf://owner/model?x=1",
+        "hf://owner/mo del/a",
         f"#sha256={SHA}",
     ],
 )
@@ -232,3 +261,25 @@ def test_location_is_a_value() -> None:
     assert location == Location("s3", "b", "k")
     assert hash(location) == hash(Location("s3", "b", "k"))
     assert pickle.loads(pickle.dumps(location)) == location
+
+
+@pytest.mark.parametrize(
+    ("uri", "path", "key", "url"),
+    [
+        ("https://h/m", "a b/c", "m/a%20b/c", "https://h/m/a%20b/c"),
+        ("https://h/m/", "100%/é", "m/100%25/%C3%A9", "https://h/m/100%25/%C3%A9"),
+        ("https://h", "a+b?#", "a%2Bb%3F%23", "https://h/a%2Bb%3F%23"),
+        ("https://u:p@h:1/m?s=%2F", "%41", "m/%2541", "https://u:p@h:1/m/%2541?s=%2F"),
+    ],
+)
+def test_child_of_a_url_is_encoded_and_keeps_what_is_around_the_path(
+    uri: str, path: str, key: str, url: str
+) -> None:
+    child = parse_uri(uri).child(path)
+    assert (child.key, child.url) == (key, url)
+    assert child.name == path.rsplit("/", 1)[-1]
+    assert parse_uri(url) == child
+
+
+def test_encoded_slash_is_no_part_of_a_files_name() -> None:
+    assert parse_uri("https://h/api/owner%2Fmodel").name == "model"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, cast
 
-from storage.errors import ConfigurationError, UnsupportedScheme
+from storage.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from storage.backends.base import Backend, BackendFactory, OpenOptions
@@ -22,14 +22,16 @@ ENTRY_POINT_GROUP = "storage.backends"
 
 _FACTORIES = {
     "s3": "storage.backends.s3:open_backend",
+    "gs": "storage.backends.gcs:open_backend",
+    "azure": "storage.backends.azure:open_backend",
+    "hf": "storage.backends.hf:open_backend",
+    "http": "storage.backends.http:open_backend",
+    "https": "storage.backends.http:open_backend",
     "file": "storage.backends.local:open_file_backend",
     "pvc": "storage.backends.local:open_pvc_backend",
     "memory": "storage.backends.memory:open_backend",
 }
 _GENERIC = "storage.backends.fsspec_driver:open_backend"
-# Their URIs are understood, their backends are on the way; the generic driver must not serve
-# them meanwhile, because it would treat the same URI differently.
-_PLANNED = ("gs", "azure", "http", "https", "hf")
 
 
 def open_backend(location: Location, config: Any, options: OpenOptions) -> Backend:
@@ -46,12 +48,6 @@ def _factory(scheme: str) -> BackendFactory:
     if name is None:
         if (plugin := _entry_point(scheme)) is not None:
             return plugin
-        if scheme in _PLANNED:
-            raise UnsupportedScheme(
-                f"no backend serves {scheme}:// yet; this release has "
-                f"{', '.join(f'{known}://' for known in _FACTORIES)}, plain paths and every "
-                "scheme that an installed fsspec package knows"
-            )
         name = _GENERIC
     module, _, attribute = name.partition(":")
     return cast("BackendFactory", getattr(importlib.import_module(module), attribute))

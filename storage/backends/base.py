@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backend",
+    "BatchBackend",
+    "BatchItem",
     "Body",
     "Buffer",
     "ByteRange",
@@ -85,6 +87,12 @@ class Capabilities:
 
     copy: bool = True
     """The store copies within the bucket by itself; no byte passes through this machine."""
+
+    copy_across: bool = False
+    """The store also copies from its other buckets, those that the same config reaches."""
+
+    batch_write: bool = False
+    """Many objects are written in one step, all or none; see :class:`BatchBackend`."""
 
     ranged_read: bool = True
     """A part of an object can be read without what comes before it."""
@@ -145,6 +153,12 @@ class ObjectInfo:
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     """User metadata, names in lower case."""
+
+    ranged: bool = True
+    """A part of this object can be read on its own; plain HTTP servers may not serve ranges."""
+
+    filename: str | None = None
+    """A name for the file, where the store gives one that says more than the key does."""
 
     @property
     def pin(self) -> str | None:
@@ -236,6 +250,16 @@ class Payload:
 
     size: int | None
     """Total bytes; ``None`` if unknown before the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchItem:
+    """One object of a write of many."""
+
+    key: str
+    payload: Payload
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    content_type: str | None = None
 
 
 def bytes_payload(data: Buffer) -> Payload:
@@ -355,12 +379,22 @@ class Backend(Protocol):
             ObjectChangedError: ``if_match`` and the object is another one.
         """
 
-    def copy(self, source: str, key: str, *, version: str | None = None) -> None:
-        """Copy within the bucket, by the store itself, metadata included.
+    def copy(
+        self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
+    ) -> None:
+        """Copy within the store, by the store itself, metadata included.
+
+        Args:
+            source: the object to copy.
+            key: its new key, in this bucket.
+            version: the version to copy, instead of the newest.
+            bucket: where ``source`` is, if not in this bucket; only where
+                ``capabilities.copy_across``.
 
         Raises:
             ModelMissingError: there is no object ``source``.
-            UnsupportedOperation: ``capabilities.copy`` is false.
+            UnsupportedOperation: ``capabilities.copy`` is false, or the store cannot copy
+                this one.
         """
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -384,6 +418,41 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free connections. The backend must not be used afterwards."""
+
+
+class BatchBackend(Backend, Protocol):
+    """A backend with ``capabilities.batch_write``."""
+
+    def write_many(
+        self,
+        items: Sequence[BatchItem],
+        *,
+        if_absent: bool = False,
+        on_bytes: Callable[[int], object] | None = None,
+    ) -> list[ObjectInfo]:
+        """Store several objects in one step: readers see all of them or none.
+
+        Args:
+            items: the objects, each with a key of its own.
+            if_absent: create only; nothing is written if one of the keys exists.
+            on_bytes: as for ``write``.
+
+        Returns:
+            What is now there, in the order of ``items``.
+
+        Raises:
+            ObjectExistsError: ``if_absent`` and a key exists.
+        """
+
+    def copy_many(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Copy within the bucket, by the store itself, several objects in one step.
+
+        Args:
+            pairs: for each object its key and its new key.
+
+        Raises:
+            ModelMissingError: one of the objects is not there; nothing was copied.
+        """
 
 
 class BackendFactory(Protocol):

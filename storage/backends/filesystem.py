@@ -26,6 +26,7 @@ from storage.backends.base import (
     bytes_payload,
     file_payload,
 )
+from storage.backends.spool import spooled
 from storage.errors import (
     InvalidInput,
     ModelMissingError,
@@ -138,7 +139,7 @@ class BackendFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         if start is None and end is None:
             return _collect(self.backend, path)
         info = self.backend.stat(path)
-        if info.size is None or not self.backend.capabilities.ranged_read:
+        if info.size is None or not (self.backend.capabilities.ranged_read and info.ranged):
             return _collect(self.backend, path)[start:end]
         first, last, _ = slice(start, end).indices(info.size)
         if first >= last:
@@ -223,8 +224,8 @@ class BackendFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
                 "use rb, wb or xb"
             )
         info = self.backend.stat(path)
-        if info.size is None or not self.backend.capabilities.ranged_read:
-            return io.BytesIO(_collect(self.backend, path))
+        if info.size is None or not (self.backend.capabilities.ranged_read and info.ranged):
+            return spooled(self.backend.read(path))
         return _Reader(self.backend, info, block_size or _BLOCK)
 
 

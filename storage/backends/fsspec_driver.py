@@ -403,9 +403,11 @@ class FsspecBackend(FsspecStore):
         except ModelMissingError:
             return False
 
-    def copy(self, source: str, key: str, *, version: str | None = None) -> None:
+    def copy(
+        self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
+    ) -> None:
         """See :meth:`Backend.copy`."""
-        if not self.capabilities.copy:
+        if not self.capabilities.copy or bucket is not None:
             raise UnsupportedOperation(
                 f"{self.where(source)}: {self.name} cannot copy within the store"
             )

@@ -223,8 +223,12 @@ class LocalBackend:
         fill = localwrite.fill_from(payload, target.uri, on_bytes)
         return localwrite.put(target, fill, payload.size, self._swept)
 
-    def copy(self, source: str, key: str, *, version: str | None = None) -> None:
+    def copy(
+        self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
+    ) -> None:
         """See :meth:`Backend.copy`. Shares the blocks where the file system can."""
+        if bucket is not None:
+            raise UnsupportedOperation(f"{self._uri(source)} is on another file system than {key}")
         if version is not None:
             self.stat(source, version)
         file, info = self._open(source)

@@ -84,7 +84,7 @@ class MemoryBackend:
     @property
     def capabilities(self) -> Capabilities:
         """Everything but presigned URLs."""
-        return Capabilities(if_match=True)
+        return Capabilities(copy_across=True, if_match=True)
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         """See :meth:`Backend.stat`. Only the current version can be found."""
@@ -154,11 +154,14 @@ class MemoryBackend:
             self._check(key, if_absent, if_match)
             return self._put(key, data, info)
 
-    def copy(self, source: str, key: str, *, version: str | None = None) -> None:
+    def copy(
+        self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
+    ) -> None:
         """See :meth:`Backend.copy`."""
         if not key or "\0" in key:
             raise InvalidInput(f"{key!r} is no key: expected at least one character and no NUL")
-        entry = self._get(source, version)
+        origin = self if bucket is None else MemoryBackend(bucket)
+        entry = origin._get(source, version)
         with self._lock:
             self._put(key, entry.data, entry.info)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -41,7 +42,7 @@ from storage.errors import (
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["ObstoreBackend"]
+__all__ = ["ObstoreBackend", "expressible"]
 
 _MIB = 1024 * 1024
 _STREAM_CHUNK = _MIB
@@ -80,7 +81,7 @@ class ObstoreBackend:
             copy_limit: bytes above which a copy within the store is left to ``second``.
         """
         self.name = f"{scheme} (obstore)"
-        self.capabilities = capabilities
+        self._capabilities = capabilities
         self._uri = uri
         self._make_store = make_store
         self._options = options
@@ -91,6 +92,11 @@ class ObstoreBackend:
         self._opened: tuple[int, Any] | None = None
         self._second_opened: tuple[int, Backend] | None = None
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """Of the store through both drivers."""
+        return self._capabilities
+
     # A store holds threads and sockets, which a forked child has lost: one for each process.
     def _store(self) -> Any:
         opened = self._opened
@@ -100,6 +106,18 @@ class ObstoreBackend:
                 if opened is None or opened[0] != os.getpid():
                     opened = self._opened = (os.getpid(), self._make_store())
         return opened[1]
+
+    def _reader(self) -> Any:
+        """Hook. Return the store through which objects are looked at and read."""
+        return self._store()
+
+    def _describe(self, key: str, result: Any) -> ObjectInfo:
+        """Hook. Return what an answer of obstore's says about an object."""
+        return _info(key, result)
+
+    def _attributes(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        """Hook. Return user metadata as the store can hold it."""
+        return dict(metadata)
 
     def _second(self) -> Backend:
         with self._lock:
@@ -118,7 +136,7 @@ class ObstoreBackend:
         """Tell whether obstore can name ``key``; the second driver takes the others."""
         if not key or "\0" in key:
             raise InvalidInput(f"{self._where(key)!r}: a key is not empty and holds no NUL")
-        return _INEXPRESSIBLE.search(key) is None
+        return expressible(key)
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         if not self._expressible(key):
@@ -128,7 +146,7 @@ class ObstoreBackend:
             options["version"] = version
         try:
             with self._translated(key):
-                info = _info(key, _obstore().get(self._store(), key, options=options))
+                info = self._describe(key, _obstore().get(self._reader(), key, options=options))
         except StorageError as exc:
             if type(exc) is not StorageError:
                 raise
@@ -198,14 +216,14 @@ class ObstoreBackend:
             options["version"] = pin.version
         try:
             with self._translated(key):
-                result = _obstore().get(self._store(), key, options=options)
+                result = _obstore().get(self._reader(), key, options=options)
         except AuthenticationError:
             if not {"version", "if_match"} <= options.keys():
                 raise
             # To name a version takes a permission of its own; the ETag is as strict.
             del options["version"]
             with self._translated(key):
-                result = _obstore().get(self._store(), key, options=options)
+                result = _obstore().get(self._reader(), key, options=options)
         start, end = result.range
         expected = end - start
         if span is not None and (start, end) != (span.start, span.end):
@@ -214,7 +232,7 @@ class ObstoreBackend:
                 f"{self._where(key)}: asked for bytes {span.start}-{span.end - 1}, the store "
                 f"answered with {start}-{end - 1}"
             )
-        return Body(_info(key, result), self._chunks(key, result, expected))
+        return Body(self._describe(key, result), self._chunks(key, result, expected))
 
     def _chunks(self, key: str, result: Any, expected: int) -> Iterator[Buffer]:
         arrived = 0
@@ -238,8 +256,7 @@ class ObstoreBackend:
         if_match: ObjectInfo | None = None,
         on_bytes: Callable[[int], object] | None = None,
     ) -> ObjectInfo:
-        if if_match is not None and if_match.etag is None:
-            raise InvalidInput(f"{self._where(key)}: if_match needs an ETag to compare with")
+        mode = self._mode(key, if_absent, if_match)
         conditional = if_absent or if_match is not None
         small = payload.size is not None and payload.size <= _SINGLE_PUT_LIMIT
         # A conditional put of obstore's is one request with everything in memory.
@@ -253,23 +270,16 @@ class ObstoreBackend:
                 if_match=if_match,
                 on_bytes=on_bytes,
             )
-        attributes = dict(metadata or {})
+        attributes = self._attributes(metadata or {})
         if content_type is not None:
             attributes["Content-Type"] = content_type
-        mode: Any = "overwrite"
-        if if_absent:
-            mode = "create"
-        elif if_match is not None:
-            mode = {"e_tag": if_match.etag}
-            if if_match.version is not None:
-                mode["version"] = if_match.version
         part_size = _part_size(payload.size)
         with payload.open() as stream, self._translated(key):
             blocks = _Blocks(stream, part_size, payload.size, self._where(key), on_bytes)
             result = _obstore().put(
                 self._store(),
                 key,
-                b"".join(blocks) if small else blocks,
+                b"".join(blocks) if small else _read_apart(blocks),
                 attributes=attributes or None,
                 mode=mode,
                 use_multipart=not small,
@@ -287,13 +297,30 @@ class ObstoreBackend:
             hint=md5_hint(result["e_tag"]),
         )
 
-    def copy(self, source: str, key: str, *, version: str | None = None) -> None:
-        awkward = version is not None or not (self._expressible(source) and self._expressible(key))
+    def _mode(self, key: str, if_absent: bool, if_match: ObjectInfo | None) -> Any:
+        """Hook. Return obstore's mode of a put."""
+        if if_match is None:
+            return "create" if if_absent else "overwrite"
+        if if_match.etag is None:
+            raise InvalidInput(f"{self._where(key)}: if_match needs an ETag to compare with")
+        mode = {"e_tag": if_match.etag}
+        if if_match.version is not None:
+            mode["version"] = if_match.version
+        return mode
+
+    def copy(
+        self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
+    ) -> None:
+        awkward = (
+            version is not None
+            or bucket is not None
+            or not (self._expressible(source) and self._expressible(key))
+        )
         if not awkward and self._copy_limit is not None:
             size = self.stat(source).size
             awkward = size is None or size > self._copy_limit
         if awkward:
-            self._second().copy(source, key, version=version)
+            self._second().copy(source, key, version=version, bucket=bucket)
             return
         with self._translated(source):
             _obstore().copy(self._store(), source, key)
@@ -346,6 +373,11 @@ class ObstoreBackend:
             second[1].close()
 
 
+def expressible(key: str) -> bool:
+    """Tell whether obstore can name ``key``; it would take others for another object's."""
+    return _INEXPRESSIBLE.search(key) is None
+
+
 def _obstore() -> Any:
     try:
         import obstore
@@ -392,6 +424,18 @@ def _part_size(size: int | None) -> int:
         return _UNKNOWN_SIZE_PART
     smallest = -(-size // _MAX_PARTS)
     return max(_PART_SIZE, -(-smallest // _MIB) * _MIB)
+
+
+def _read_apart(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield ``blocks``, each taken by a thread of its own.
+
+    obstore asks for them where it may not be called again, and they may come from it too: a
+    copy from one store to another.
+    """
+    source = iter(blocks)
+    with ThreadPoolExecutor(1, thread_name_prefix="storage-read") as reader:
+        while block := reader.submit(next, source, b"").result():
+            yield block
 
 
 class _Blocks:

@@ -31,7 +31,7 @@ __all__ = ["Classify", "translated"]
 _STATUS = re.compile(r"\bStatus \{\s*\n\s*status: (\d{3})")
 _KIND = re.compile(r"\bHttpError \{\s*\n\s*kind: (\w+)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
-_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_MESSAGE = re.compile(r"<Message>([^<]*)</Message>|\"message\":\s*\"([^\"]*)\"")
 
 Classify = Callable[[str, str, int, str], StorageError]
 """Says what an error answer means: (URI, error code or "", HTTP status, message) → error."""
@@ -66,7 +66,7 @@ def _error_for(exc: Exception, where: str, classify: Classify) -> StorageError |
         return InvalidInput(f"{where}: a key cannot be expressed: {_last(head)}")
     if match := _STATUS.search(debug):
         code = found.group(1) if (found := _CODE.search(head)) else ""
-        message = found.group(1) if (found := _MESSAGE.search(head)) else ""
+        message = found.group(1) or found.group(2) if (found := _MESSAGE.search(head)) else ""
         return classify(where, code, int(match.group(1)), message)
     if isinstance(exc, FileNotFoundError):
         return ModelMissingError(where)
@@ -83,7 +83,7 @@ def _error_for(exc: Exception, where: str, classify: Classify) -> StorageError |
 
 def _unanswered(text: str, where: str, head: str) -> StorageError:
     """Classify what went wrong below HTTP."""
-    if "invalid peer certificate" in text:
+    if "invalid peer certificate" in text or "InvalidCertificate(" in text:
         return ConfigurationError(
             f"{where}: the store's TLS certificate is not trusted; name its authority in "
             "ca_bundle, or SSL_CERT_FILE"

@@ -22,7 +22,7 @@ __all__ = ["obstore_arguments", "open_backend", "s3fs_arguments"]
 
 _COPY_LIMIT = 5 * 1024**3
 _CREDENTIALS_TTL = timedelta(minutes=10)
-_CAPABILITIES = Capabilities(if_match=True, sign=True)
+_CAPABILITIES = Capabilities(copy_across=True, if_match=True, sign=True)
 
 
 def open_backend(location: Location, config: S3Config | None, options: OpenOptions) -> Backend:
@@ -115,7 +115,11 @@ def obstore_arguments(bucket: str, config: S3Config | None, options: OpenOptions
 
 
 def s3fs_arguments(config: S3Config | None) -> dict[str, Any]:
-    """Return what ``s3fs.S3FileSystem`` gets; the driver adds time-outs and pool sizes."""
+    """Return what ``s3fs.S3FileSystem`` gets; the driver adds time-outs and pool sizes.
+
+    Two are for the session that the driver makes: ``credential_provider``, as obstore's, and
+    ``metadata_endpoint``.
+    """
     client: dict[str, Any] = {"region_name": _region(config)}
     botocore: dict[str, Any] = {}
     arguments: dict[str, Any] = {
@@ -141,12 +145,11 @@ def s3fs_arguments(config: S3Config | None) -> dict[str, Any]:
         if config.session_token is not None:
             arguments["token"] = config.session_token.get_secret_value()
     elif config.role_arn is not None:
-        credentials = _credential_provider(config)()
-        arguments["key"] = credentials["access_key_id"]
-        arguments["secret"] = credentials["secret_access_key"]
-        arguments["token"] = credentials["token"]
+        arguments["credential_provider"] = _credential_provider(config)
     elif config.profile is not None:
         arguments["profile"] = config.profile
+    elif config.metadata_endpoint is not None:
+        arguments["metadata_endpoint"] = config.metadata_endpoint
     if config.requester_pays:
         arguments["requester_pays"] = True
     if not config.verify_ssl:
@@ -283,13 +286,22 @@ class _BotocoreCredentials:
         }
         if config.external_id is not None:
             request["ExternalId"] = config.external_id
-        client = self._botocore_session().create_client("sts", region_name=_region(config))
+        from botocore.config import Config
+
+        proxy = config.proxy.get_secret_value() if config.proxy is not None else None
+        client = self._botocore_session().create_client(
+            "sts",
+            region_name=_region(config),
+            verify=_ca_bundle(config) if config.verify_ssl else False,
+            config=Config(proxies={"http": proxy, "https": proxy} if proxy else None),
+        )
         answer = client.assume_role(**request)["Credentials"]
         return {
             "access_key_id": answer["AccessKeyId"],
             "secret_access_key": answer["SecretAccessKey"],
             "token": answer["SessionToken"],
-            "expires_at": answer["Expiration"],
+            # obstore takes no other time zone than this object.
+            "expires_at": answer["Expiration"].astimezone(UTC),
         }
 
     def _botocore_session(self) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from storage.backends.base import ByteRange, ObjectInfo, content_digests, md5_hint
+from storage.backends.base import ObjectInfo, content_digests, md5_hint
 from storage.backends.fsspec_errors import Kind, causes, classify, error, retry_after
 from storage.digest import Digest
 from storage.errors import (
@@ -27,7 +26,7 @@ from storage.errors import (
     one_line,
 )
 
-__all__ = ["classify_s3", "described", "extent", "from_code", "translated", "version_of"]
+__all__ = ["classify_s3", "described", "from_code", "translated", "version_of"]
 
 _CODES: dict[str, Kind] = {
     "AccessDenied": AuthenticationError,
@@ -130,9 +129,6 @@ _NAMES: dict[str, Kind] = {
 }
 
 
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-
-
 @contextmanager
 def translated(where: str) -> Iterator[None]:
     """Turn whatever s3fs or botocore raises in the block into an error of ours."""
@@ -214,38 +210,6 @@ def described(key: str, answer: Mapping[str, Any], size: int | None) -> ObjectIn
         md5_hint(etag),
         metadata,
     )
-
-
-def extent(
-    where: str, span: ByteRange | None, answer: Mapping[str, Any]
-) -> tuple[int | None, int | None]:
-    """Return the object's size and the length of the body, from the answer to a read.
-
-    Raises:
-        ObjectChangedError: the object is too short for ``span``.
-        UnsupportedOperation: the store ignored ``span``.
-    """
-    length: int | None = answer.get("ContentLength")
-    if span is None:
-        return length, length
-    match = _RANGE.fullmatch(answer.get("ContentRange") or "")
-    if match is None:
-        if span.start == 0 and length == span.end:
-            return length, length
-        raise UnsupportedOperation(
-            f"{where}: bytes {span.start}-{span.end - 1} were asked for and the store sent the "
-            "whole object; it cannot read ranges"
-        )
-    begin, last, size = (int(number) for number in match.groups())
-    if size < span.end:
-        raise ObjectChangedError(
-            f"{where}: bytes up to {span.end} were asked for, the object has {size}"
-        )
-    if (begin, last + 1) != (span.start, span.end):
-        raise TransientError(
-            f"{where}: bytes {span.start}-{span.end - 1} were asked for and {begin}-{last} sent"
-        )
-    return size, len(span)
 
 
 def version_of(answer: Mapping[str, Any]) -> str | None:

@@ -24,14 +24,14 @@ from storage.backends.base import (
 )
 from storage.backends.fsspec_driver import MIB, FsspecBackend
 from storage.backends.fsspec_parts import Chunks, arriving, run
-from storage.backends.s3_answers import described, extent, from_code, translated, version_of
-from storage.backends.s3_multipart import MultipartUpload, Watched, part_sizes
+from storage.backends.fsspec_streams import Watched, check_size, exactly, extent
+from storage.backends.s3_answers import described, from_code, translated, version_of
+from storage.backends.s3_multipart import MultipartUpload, part_sizes
 from storage.backends.s3_session import PLAIN_ARGUMENTS, new_session
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
     ConfigurationError,
-    IntegrityError,
     InvalidInput,
     ModelMissingError,
     ObjectChangedError,
@@ -97,7 +97,7 @@ class S3FsspecBackend(FsspecBackend):
     @property
     def capabilities(self) -> Capabilities:
         """Everything."""
-        return Capabilities(if_match=True, sign=True)
+        return Capabilities(copy_across=True, if_match=True, sign=True)
 
     # --- the client ------------------------------------------------------------------------
 
@@ -117,6 +117,11 @@ class S3FsspecBackend(FsspecBackend):
 
     def _connect(self) -> Any:
         arguments = dict(self._arguments)
+        session = {
+            name: arguments.pop(name)
+            for name in ("credential_provider", "metadata_endpoint")
+            if name in arguments
+        }
         config: dict[str, Any] = {
             "connect_timeout": self._options.connect_timeout,
             "read_timeout": self._options.stall_timeout,
@@ -136,7 +141,7 @@ class S3FsspecBackend(FsspecBackend):
         arguments["skip_instance_cache"] = True
         cls = self._implementation()
         if PLAIN_ARGUMENTS.issuperset(arguments):
-            arguments["session"] = new_session()
+            arguments["session"] = new_session(**session)
         with translated(self._uri):
             fs = cls(**arguments)
         fs.retries = 1
@@ -152,7 +157,7 @@ class S3FsspecBackend(FsspecBackend):
     def _request(self, method: str, **arguments: Any) -> Coroutine[Any, Any, dict[str, Any]]:
         """Return one request to the bucket, to be run on the file system's event loop."""
         request: Coroutine[Any, Any, dict[str, Any]] = self._shared()._call_s3(
-            method, Bucket=self._bucket, **arguments
+            method, **{"Bucket": self._bucket, **arguments}
         )
         return request
 
@@ -163,28 +168,33 @@ class S3FsspecBackend(FsspecBackend):
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         """See :meth:`Backend.stat`. The store cannot say here whether the bucket is missing."""
+        return self._stat_in(self._bucket, key, version)
+
+    def _stat_in(self, bucket: str, key: str, version: str | None) -> ObjectInfo:
         self._check_key(key)
-        answer = self._head(key, version, ChecksumMode="ENABLED")
+        answer = self._head(key, version, bucket, ChecksumMode="ENABLED")
         self._check_version(key, version, answer)
         info = described(key, answer, answer.get("ContentLength"))
         if info.size == 0 and key.endswith("/"):
-            raise ModelMissingError(self.where(key))
+            raise ModelMissingError(f"s3://{bucket}/{key}")
         return info
 
-    def _head(self, key: str, version: str | None, **arguments: str) -> dict[str, Any]:
+    def _head(self, key: str, version: str | None, bucket: str, **arguments: str) -> dict[str, Any]:
+        arguments |= {"Bucket": bucket, "Key": key}
+        where = f"s3://{bucket}/{key}"
         if version is not None:
             arguments["VersionId"] = version
         try:
-            with translated(self.where(key)):
-                return self._call("head_object", Key=key, **arguments)
+            with translated(where):
+                return self._call("head_object", **arguments)
         except StorageError as exc:
             if type(exc) is not StorageError:
                 raise
         # Refused for a reason that only the body of an answer has: expired credentials, or a
         # version that cannot be one. The answer to a HEAD has no body.
         arguments.pop("ChecksumMode", None)
-        with translated(self.where(key)):
-            answer = self._call("get_object", Key=key, **arguments)
+        with translated(where):
+            answer = self._call("get_object", **arguments)
         self._drop(answer["Body"])
         return answer
 
@@ -233,7 +243,7 @@ class S3FsspecBackend(FsspecBackend):
 
     def is_digest(self, info: ObjectInfo) -> bool:
         """See :meth:`Backend.is_digest`."""
-        answer = self._head(info.key, info.version)
+        answer = self._head(info.key, info.version, self._bucket)
         encryption = str(answer.get("ServerSideEncryption", ""))
         return not (
             encryption.startswith("aws:kms")
@@ -250,7 +260,9 @@ class S3FsspecBackend(FsspecBackend):
         lease = ExitStack()
         lease.callback(self._drop, answer["Body"])
         try:
-            size, length = extent(self.where(key), span, answer)
+            size, length = extent(
+                self.where(key), span, answer.get("ContentLength"), answer.get("ContentRange")
+            )
             info = described(key, answer, size)
             if pin is not None and pin.differs_from(info):
                 raise ObjectChangedError(f"{self.where(key)} was replaced since it was looked at")
@@ -348,10 +360,10 @@ class S3FsspecBackend(FsspecBackend):
         where = self.where(attributes["Key"])
         sizes = part_sizes(payload.size, self._options.memory)
         with payload.open() as stream:
-            part = _exactly(stream, next(sizes))
-            following = _exactly(stream, next(sizes)) if part else b""
+            part = exactly(stream, next(sizes))
+            following = exactly(stream, next(sizes)) if part else b""
             if not following:
-                _check_size(where, payload.size, len(part))
+                check_size(where, payload.size, len(part))
                 answer = self._put(part, attributes, condition)
                 if on_bytes is not None and part:
                     on_bytes(len(part))
@@ -363,8 +375,8 @@ class S3FsspecBackend(FsspecBackend):
                     upload.send(part)
                     part, following = following, b""
                     if part:
-                        following = _exactly(stream, next(sizes))
-                _check_size(where, payload.size, total)
+                        following = exactly(stream, next(sizes))
+                check_size(where, payload.size, total)
                 return upload.complete(condition), total
 
     def _put(
@@ -387,26 +399,29 @@ class S3FsspecBackend(FsspecBackend):
             self._shared(), self._request, attributes, self._options, where, on_bytes
         )
 
-    def copy(self, source: str, key: str, *, version: str | None = None) -> None:
+    def copy(
+        self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
+    ) -> None:
         """See :meth:`Backend.copy`."""
         self._check_key(key)
-        info = self.stat(source, version)
-        if source == key and version is None:
+        bucket = bucket or self._bucket
+        where = f"s3://{bucket}/{source}"
+        info = self._stat_in(bucket, source, version)
+        if (bucket, source) == (self._bucket, key) and version is None:
             return
-        origin = {"Bucket": self._bucket, "Key": source}
+        origin = {"Bucket": bucket, "Key": source}
         if version is not None:
             origin["VersionId"] = version
         condition = {"CopySource": origin, "CopySourceIfMatch": info.etag}
-        with translated(self.where(source)):
+        with translated(where):
             if info.size is None or info.size <= self._copy_limit:
                 self._call("copy_object", Key=key, **condition)
                 return
-        self._copy_in_parts(source, version, key, info.size, condition)
+        self._copy_in_parts(key, info.size, condition)
 
-    def _copy_in_parts(
-        self, source: str, version: str | None, key: str, size: int, condition: dict[str, Any]
-    ) -> None:
-        answer = self._head(source, version)
+    def _copy_in_parts(self, key: str, size: int, condition: dict[str, Any]) -> None:
+        origin = condition["CopySource"]
+        answer = self._head(origin["Key"], origin.get("VersionId"), origin["Bucket"])
         attributes = {name: answer[name] for name in _STANDARD if answer.get(name)}
         attributes |= {"Key": key, "Metadata": answer.get("Metadata", {})}
         step = max(min(self._copy_limit, _COPY_PART), -(-size // _MAX_PARTS))
@@ -470,24 +485,3 @@ class S3FsspecBackend(FsspecBackend):
         with translated(self._uri):
             fs: AbstractFileSystem = self._implementation()(**self._arguments)
         return fs, self._bucket
-
-
-def _exactly(stream: Any, size: int) -> bytes:
-    """Return ``size`` bytes of a stream, fewer at its end."""
-    block: bytes = stream.read(size)
-    if len(block) == size or not block:
-        return block
-    blocks = [block]
-    missing = size - len(block)
-    while missing and (block := stream.read(missing)):
-        blocks.append(block)
-        missing -= len(block)
-    return b"".join(blocks)
-
-
-def _check_size(where: str, announced: int | None, found: int) -> None:
-    if announced is not None and announced != found:
-        raise IntegrityError(
-            f"{where}: {announced} bytes were announced and {found} came; the source changed "
-            "while it was read, so nothing is stored"
-        )

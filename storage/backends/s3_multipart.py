@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
-import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Self
 
 from storage.backends.base import OpenOptions
 from storage.backends.fsspec_parts import run
+from storage.backends.fsspec_streams import Watched
 from storage.backends.s3_answers import translated
 from storage.errors import one_line
 
-__all__ = ["MultipartUpload", "Request", "Watched", "part_sizes"]
+__all__ = ["MultipartUpload", "Request", "part_sizes"]
 
 Answer = dict[str, Any]
 Request = Callable[..., Coroutine[Any, Any, Answer]]
@@ -44,51 +43,6 @@ def part_sizes(size: int | None, memory: int) -> Iterator[int]:
     while True:
         yield part << (number // 1000)
         number += 1
-
-
-class Watched(io.BytesIO):
-    """A request's body that notices when nobody takes it.
-
-    The client has a time limit for answers, none for sending.
-    """
-
-    def __init__(self, data: bytes, stall_timeout: float) -> None:
-        """Send ``data``; give up after ``stall_timeout`` seconds in which none of it moves."""
-        super().__init__(data)
-        self._size = len(data)
-        self._limit = stall_timeout
-        self._moved = time.monotonic()
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next bytes."""
-        self._moved = time.monotonic()
-        return super().read(size)
-
-    async def sent_by(
-        self, request: Callable[[], Coroutine[Any, Any, Answer]], slots: asyncio.Semaphore
-    ) -> Answer:
-        """Make the request that this is the body of, when one of ``slots`` is free.
-
-        Raises:
-            TimeoutError: the store stopped to take the body.
-        """
-        async with slots:
-            self._moved = time.monotonic()
-            task = asyncio.ensure_future(request())
-            try:
-                while not task.done():
-                    await asyncio.wait({task}, timeout=self._limit / 4)
-                    idle = time.monotonic() - self._moved
-                    if not task.done() and self.tell() < self._size and idle > self._limit:
-                        raise TimeoutError(
-                            f"the store took {self.tell()} of {self._size} bytes and then none "
-                            f"for {self._limit:g} s"
-                        )
-                return task.result()
-            finally:
-                if not task.done():
-                    task.cancel()
-                    await asyncio.wait({task})
 
 
 class MultipartUpload:
@@ -160,8 +114,9 @@ class MultipartUpload:
             )
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
-        # Two more are in memory: this one, and the one that is read meanwhile.
-        self._start(upload, len(data), max(1, self._options.memory // len(data) - 2))
+        # A part is in memory twice while it is sent. Two more are: this one, and the one that
+        # is read meanwhile.
+        self._start(upload, len(data), max(1, self._options.memory // (2 * len(data)) - 2))
 
     def copy(self, **arguments: Any) -> None:
         """Let the store copy the next part from another object."""

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from storage.backends import open_backend
 from storage.backends.base import Backend, ObjectInfo, OpenOptions
+from storage.client.copy import Copy
 from storage.client.download import Download
 from storage.digest import Digest
 from storage.errors import InvalidInput, ObjectExistsError, UnsupportedOperation, redact
-from storage.transfer.copy import stream_copy
 from storage.transfer.engine import PART_GRANULE, Budget, TransferOptions, run_tasks
 from storage.transfer.plan import Patterns, Plan, make_plan, resolve
 from storage.transfer.progress import Meter, ProgressCallback
@@ -34,8 +35,6 @@ __all__ = ["StorageClient"]
 T = TypeVar("T")
 Offline = bool | Literal["auto"] | None
 PatternArgument = str | Iterable[str] | None
-# Streams of a copy through this machine: each holds buffers for its parts.
-_STREAMS = 4
 
 
 class StorageClient:
@@ -174,7 +173,7 @@ class StorageClient:
             )
 
         def key_of(file: SourceFile) -> str:
-            return location.key if prefix is None else f"{prefix}{file.path}"
+            return location.key if prefix is None else location.child(file.path).key
 
         meter = Meter(
             "upload", str(location), sum(file.size for file in files), len(files), progress
@@ -207,7 +206,7 @@ class StorageClient:
         def collect() -> list[tuple[str, ObjectInfo]]:
             is_tree, found = resolve(backend, location)
             if not is_tree:
-                return [(location.name, info) for info in found]
+                return [(info.filename or location.name, info) for info in found]
             skip = len(location.key) + (0 if location.forces_tree else 1)
             return sorted(((info.key[skip:], info) for info in found), key=lambda item: item[0])
 
@@ -218,7 +217,7 @@ class StorageClient:
     ) -> dict[str, Any]:
         """Describe an object or a tree; see :meth:`storage.StorageOperations`."""
         location = parse_uri(uri)
-        is_tree, found = self.run_retried(self._resolve_all, location, config)
+        is_tree, found = self.run_retried(self.resolve_all, location, config)
         if not is_tree:
             return {"uri": str(location), "type": "object"} | _describe(found[0])
         modified = [info.modified for info in found if info.modified is not None]
@@ -239,7 +238,7 @@ class StorageClient:
     ) -> bool:
         """Delete an object or a tree; see :meth:`storage.StorageOperations.delete_object`."""
         location = _writable(parse_uri(uri))
-        is_tree, found = self.run_retried(self._resolve_all, location, config)
+        is_tree, found = self.run_retried(self.resolve_all, location, config)
         if is_tree and not recursive:
             raise InvalidInput(
                 f"{location} is a tree of {len(found)} objects; "
@@ -264,50 +263,7 @@ class StorageClient:
         source, target = parse_uri(src_uri), _writable(parse_uri(dest_uri))
         if dest_config is None and source.type == target.type:
             dest_config = config
-        origin = self.backend(source, config)
-        backend = self.backend(target, dest_config)
-        is_tree, found = self.run_retried(self._resolve_all, source, config)
-        expected = None if source.digest is None else Digest.parse(source.digest)
-        if expected is not None and is_tree:
-            raise InvalidInput(
-                f"{source} is a tree, and a copy checks the digest of one object only; download "
-                "it with the digest, and upload what arrived"
-            )
-        skip = len(source.key) + (0 if source.forces_tree else 1) if is_tree else 0
-        pairs = []
-        for info in found:
-            if is_tree:
-                key = target.child(info.key[skip:]).key
-            else:
-                key = target.child(source.name).key if target.forces_tree else target.key
-            pairs.append((info, key))
-        if origin is backend and any(info.key == key for info, key in pairs):
-            raise InvalidInput(f"{source} cannot be copied onto itself")
-        total = sum(info.size or 0 for info in found)
-        meter = Meter("copy", str(source), total, len(found), progress)
-        # Who expects a digest wants the bytes to be looked at.
-        server_side = origin is backend and backend.capabilities.copy and expected is None
-
-        def copy(info: ObjectInfo, key: str, _: threading.Event) -> None:
-            if server_side:
-                self.run_retried(partial(backend.copy, info.key, key, version=source.version))
-                meter.add_present(info.size or 0)
-            else:
-                stream_copy(
-                    origin,
-                    info,
-                    backend,
-                    key,
-                    where=str(source),
-                    options=self.transfer_options,
-                    meter=meter,
-                    expected=expected,
-                )
-            meter.add_object()
-
-        tasks = [partial(copy, info, key) for info, key in pairs]
-        run_tasks(tasks, self.budget, len(tasks) if server_side else _STREAMS)
-        meter.finish()
+        Copy(self, source, target, config, dest_config, progress).run()
         return True
 
     # -- files -------------------------------------------------------------------------------
@@ -370,17 +326,7 @@ class StorageClient:
         """Return the backend for the bucket of ``location``, the same one for the same config."""
         config = self._resolve_config(location, config)
         transfer = self.settings.transfer
-        key = (
-            location.scheme,
-            location.bucket,
-            location.account,
-            location.domain,
-            location.repo_type,
-            location.query,
-            # Each URL may carry credentials of its own.
-            location.url,
-            config,
-        )
+        key = (_store_of(location), location.bucket, config)
         with self._lock:
             if self._pid != os.getpid():
                 # Sockets and threads stayed with the parent.
@@ -403,12 +349,19 @@ class StorageClient:
             config = self._config
         return resolve_config(location, config, self.settings)
 
+    def share_store(self, one: Location, config: Any, other: Location, other_config: Any) -> bool:
+        """Tell whether two locations are in buckets of the same store, with the same config."""
+        return _store_of(one) == _store_of(other) and self._resolve_config(
+            one, config
+        ) == self._resolve_config(other, other_config)
+
     def _default_fits(self, location: Location) -> bool:
         """Tell whether the client's own config is meant for stores of this kind."""
         kind = getattr(self._config, "uri_type", location.type)
         return kind in (location.type, "*") and location.scheme not in ("file", "memory")
 
-    def _resolve_all(self, location: Location, config: Any) -> tuple[bool, list[ObjectInfo]]:
+    def resolve_all(self, location: Location, config: Any) -> tuple[bool, list[ObjectInfo]]:
+        """Return whether there is a tree at ``location``, and all objects of it; one attempt."""
         is_tree, found = resolve(self.backend(location, config), location)
         return is_tree, list(found)
 
@@ -445,6 +398,28 @@ def _local_path(path: str | os.PathLike[str]) -> str:
     if "://" in text:
         raise InvalidInput(f"{redact(text)!r} is a URI; a destination is a local path")
     return text
+
+
+def _store_of(location: Location) -> tuple[object, ...]:
+    """Return what tells one store from another: who serves it, and as what we come to it."""
+    return (
+        location.scheme,
+        location.account,
+        location.domain,
+        location.repo_type,
+        location.query,
+        _authority(location),
+        # All that is done in a repository is done at one revision of it.
+        location.version if location.scheme == "hf" else None,
+    )
+
+
+def _authority(location: Location) -> str | None:
+    """Return the parts of a URL that may hold credentials: who is asked, and for HTTP how."""
+    if location.url is None:
+        return None
+    authority = "/".join(location.url.split("/", 3)[:3])
+    return f"{authority}?{urlsplit(location.url).query}" if location.type == "http" else authority
 
 
 def _writable(location: Location) -> Location:

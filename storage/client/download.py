@@ -44,6 +44,8 @@ class Download:
         self._patterns = patterns
         self._expected = _expected(location, digest)
         self._unpack = unpack
+        if offline is not False and location.scheme == "hf" and _hub_is_offline():
+            offline = True
         self._offline = client.settings.offline if offline is None else offline
         if self._offline not in (True, False, "auto"):
             raise InvalidInput(f"offline is True, False or 'auto', not {offline!r}")
@@ -258,6 +260,11 @@ def _expected(location: Location, digest: str | Digest | None) -> Digest | None:
             f"{location}: the URI expects {named} and the call expects {given}; drop one"
         )
     return given or named
+
+
+def _hub_is_offline() -> bool:
+    # The Hub's own switch, which its users set already.
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _files_below(folder: str) -> list[str]:

@@ -1,117 +1,171 @@
-"""An object from one store to another through this machine, in bounded memory, verified."""
+"""Objects from one store to another through this machine, in bounded memory, verified."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from functools import partial
 
-from storage.backends.base import Backend, ObjectInfo, Payload
+from storage.backends.base import Backend, BatchItem, Body, Buffer, ObjectInfo, Payload
 from storage.digest import Digest, MultiHasher
-from storage.errors import IntegrityError, InvalidInput
+from storage.errors import IntegrityError
 from storage.transfer.engine import TransferOptions
 from storage.transfer.progress import Meter
 from storage.transfer.reader import open_reader
+from storage.transfer.retry import RetryPolicy
 from storage.transfer.verify import algorithms_for, check_digests
 
-__all__ = ["stream_copy"]
+__all__ = ["Source", "stream_copy"]
+
+_BUFFER = 1024 * 1024
+
+
+class Source:
+    """An object of one store, ready to be written to another.
+
+    Its bytes are hashed on their way. If they are not what its store says, or what is
+    expected, the last read fails, so that no write of them ever completes.
+    """
+
+    def __init__(
+        self,
+        origin: Backend,
+        info: ObjectInfo,
+        *,
+        where: str,
+        retry: RetryPolicy,
+        expected: Digest | None = None,
+    ) -> None:
+        """Look at the object once more: a listing does not tell all of it.
+
+        Args:
+            origin: where it is.
+            info: the object, as listed.
+            where: its URI, for messages.
+            retry: how to repeat what fails.
+            expected: digest that it must have.
+        """
+        self.info = retry.run(partial(origin.stat, info.key, info.version))
+        self._origin = origin
+        self._where = where
+        self._retry = retry
+        self._expected = expected
+
+    def item(self, target: Backend, key: str) -> BatchItem:
+        """Return what to write to ``key`` of ``target``."""
+        metadata = dict(self.info.metadata)
+        if target.capabilities.metadata:
+            metadata |= {digest.algorithm: digest.hex for digest in self.info.digests}
+        payload = Payload(self._open, self.info.size)
+        return BatchItem(key, payload, metadata, self.info.content_type)
+
+    def _open(self) -> io.BufferedReader:
+        reader: io.RawIOBase | io.BufferedReader
+        if self.info.size is None:
+            reader = _Arriving(self._origin.read(self.info.key))
+        else:
+            reader = open_reader(self._origin, self.info, self._retry, self._where)
+        return io.BufferedReader(_Checked(reader, self), _BUFFER)
+
+    def verify(self, hasher: MultiHasher) -> None:
+        """Compare the digests of all bytes with what they should be.
+
+        Raises:
+            IntegrityError: the bytes are wrong.
+        """
+        found: dict[str, Digest] = hasher.digests()
+        doubt = check_digests(self._where, self.info, found, self._expected)
+        if doubt is not None and self._origin.is_digest(self.info):
+            raise IntegrityError(
+                f"{self._where}: the store's ETag says {doubt}, the bytes that arrived are "
+                f"{found[doubt.algorithm]}; nothing was written"
+            )
+
+    def hasher(self) -> MultiHasher:
+        """Return a hasher for what ``verify`` compares."""
+        wanted = () if self._expected is None else (self._expected.algorithm,)
+        return MultiHasher(algorithms_for(self.info, wanted))
 
 
 def stream_copy(
-    origin: Backend,
-    info: ObjectInfo,
-    target: Backend,
-    key: str,
-    *,
-    where: str,
-    options: TransferOptions,
-    meter: Meter,
-    expected: Digest | None = None,
+    source: Source, target: Backend, key: str, *, options: TransferOptions, meter: Meter
 ) -> ObjectInfo:
-    """Copy the object ``info`` of ``origin`` to ``key`` of ``target``.
-
-    The bytes are hashed on their way. If they are not what the source's store says, or what
-    is ``expected``, the last read fails, so that the write never completes.
+    """Copy ``source`` to ``key`` of ``target``.
 
     Raises:
         IntegrityError: the source's bytes are not what they should be.
     """
-    if info.size is None:
-        raise InvalidInput(f"{where}: its store does not tell the size; download it instead")
-    retry = options.retry
-    full = retry.run(lambda: origin.stat(info.key, info.version))
-    metadata = dict(full.metadata)
-    if target.capabilities.metadata:
-        metadata |= {digest.algorithm: digest.hex for digest in full.digests}
-    sent = 0
-
-    def count(amount: int) -> None:
-        nonlocal sent
-        sent += amount
-        meter.add_bytes(amount)
+    item = source.item(target, key)
 
     def attempt() -> ObjectInfo:
-        nonlocal sent
-        meter.add_bytes(-sent)
-        sent = 0
+        with meter.attempt() as count:
+            return target.write(
+                key,
+                item.payload,
+                metadata=item.metadata,
+                content_type=item.content_type,
+                on_bytes=count,
+            )
 
-        def open_source() -> io.BufferedReader:
-            reader = open_reader(origin, full, retry, where)
-            return io.BufferedReader(_Checked(reader, origin, full, where, expected), 1024 * 1024)
+    return options.retry.run(attempt)
 
-        return target.write(
-            key,
-            Payload(open_source, full.size),
-            metadata=metadata,
-            content_type=full.content_type,
-            on_bytes=count,
-        )
 
-    return retry.run(attempt)
+class _Arriving(io.RawIOBase):
+    """A body as it arrives, of an object whose store does not tell the size."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self._body = body
+        self._chunks: Iterator[Buffer] = iter(body)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk).cast("B")
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self._rest))
+        view[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        self._body.close()
+        super().close()
 
 
 class _Checked(io.RawIOBase):
     """Passes a stream on, and raises instead of ending if it was not the expected one."""
 
-    def __init__(
-        self,
-        stream: io.BufferedReader,
-        origin: Backend,
-        info: ObjectInfo,
-        where: str,
-        expected: Digest | None,
-    ) -> None:
+    def __init__(self, stream: io.RawIOBase | io.BufferedReader, source: Source) -> None:
         super().__init__()
         self._stream = stream
-        self._origin = origin
-        self._info = info
-        self._where = where
-        self._expected = expected
-        self._left = info.size or 0
+        self._source = source
+        self._left = source.info.size
         self._verified = False
-        wanted = () if expected is None else (expected.algorithm,)
-        self._hasher = MultiHasher(algorithms_for(info, wanted))
+        self._hasher = source.hasher()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
         view = memoryview(buffer).cast("B")
-        count = self._stream.readinto(view)
+        count = self._stream.readinto(view) or 0
         self._hasher.update(view[:count])
-        self._left -= count
-        if self._left == 0 and not self._verified:
+        if self._left is not None:
+            self._left -= count
+        # Where the size is known, before the last bytes are handed on: the writer must not
+        # see the end of wrong ones.
+        done = self._left == 0 if self._left is not None else count == 0 and len(view) > 0
+        if done and not self._verified:
             self._verified = True
-            self._verify()
+            self._source.verify(self._hasher)
         return count
-
-    def _verify(self) -> None:
-        # Before the last bytes are handed on: the writer must not see the end of wrong ones.
-        found: dict[str, Digest] = self._hasher.digests()
-        doubt = check_digests(self._where, self._info, found, self._expected)
-        if doubt is not None and self._origin.is_digest(self._info):
-            raise IntegrityError(
-                f"{self._where}: the store's ETag says {doubt}, the bytes that arrived are "
-                f"{found[doubt.algorithm]}; nothing was written"
-            )
 
     def close(self) -> None:
         self._stream.close()

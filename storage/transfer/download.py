@@ -261,6 +261,7 @@ class _Job:
         return (
             capabilities.ranged_read
             and capabilities.pinned_read
+            and self._info.ranged
             and self._info.pin is not None
             and bool(self._info.size)
         )

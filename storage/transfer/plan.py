@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from storage.backends.base import Backend, ByteRange, ObjectInfo
-from storage.errors import InvalidInput, ModelMissingError
+from storage.errors import InvalidInput, ModelMissingError, UnsupportedOperation
 from storage.uri import Location
 
 __all__ = ["Patterns", "Plan", "PlannedFile", "local_paths", "make_plan", "resolve", "split"]
@@ -122,15 +122,19 @@ def resolve(backend: Backend, location: Location) -> tuple[bool, Iterator[Object
 
     Raises:
         ModelMissingError: there is nothing.
+        UnsupportedOperation: it can only be a tree, and the store has no listings.
     """
     if not location.forces_tree:
         try:
             return False, iter((backend.stat(location.key, location.version),))
         except ModelMissingError:
-            if location.version is not None and location.scheme != "hf":
+            named = location.version is not None and location.scheme != "hf"
+            if named or not backend.capabilities.list:
                 raise
     if not backend.capabilities.list:
-        raise ModelMissingError(str(location))
+        raise UnsupportedOperation(
+            f"{location} names a tree, and {backend.name} has no listings; name one file"
+        )
     prefix = location.key
     if prefix and not prefix.endswith("/"):
         prefix += "/"
@@ -160,7 +164,7 @@ def make_plan(backend: Backend, location: Location, patterns: Patterns) -> Plan:
         relative = [info.key[len(prefix) :] for info in infos]
     else:
         infos = list(objects)
-        relative = [location.name]
+        relative = [infos[0].filename or location.name]
     wanted = [
         (path, info) for path, info in zip(relative, infos, strict=True) if patterns.wants(path)
     ]

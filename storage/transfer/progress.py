@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 __all__ = ["Meter", "Progress", "ProgressCallback"]
@@ -82,6 +83,27 @@ class Meter:
         with self._lock:
             self._bytes += count
             self._tell()
+
+    @contextmanager
+    def attempt(self) -> Iterator[Callable[[int], None]]:
+        """Give a function that counts bytes, to be called from any thread.
+
+        If the attempt fails, its bytes are taken back: they have to move again.
+        """
+        counted = 0
+        lock = threading.Lock()
+
+        def count(sent: int) -> None:
+            nonlocal counted
+            with lock:
+                counted += sent
+            self.add_bytes(sent)
+
+        try:
+            yield count
+        except BaseException:
+            self.add_bytes(-counted)
+            raise
 
     def add_present(self, count: int) -> None:
         """Count bytes that need not move."""

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 
 from storage.backends.base import Backend, Body, Buffer, ByteRange, ObjectInfo
+from storage.backends.spool import spooled
 from storage.errors import ObjectChangedError, TransientError
 from storage.transfer.retry import RetryPolicy
 
@@ -109,7 +110,7 @@ class ObjectReader(io.RawIOBase):
         self._drop()
         capabilities = self._backend.capabilities
         span = None
-        if capabilities.ranged_read:
+        if capabilities.ranged_read and self.info.ranged:
             span = ByteRange(self._position, self._size)
         pin = self.info if capabilities.pinned_read and self.info.pin is not None else None
         self._body = self._backend.read(self.info.key, span, pin)
@@ -129,5 +130,11 @@ class ObjectReader(io.RawIOBase):
 def open_reader(
     backend: Backend, info: ObjectInfo, retry: RetryPolicy, where: str
 ) -> io.BufferedReader:
-    """Return an :class:`ObjectReader` behind a buffer of 1 MiB."""
+    """Return an :class:`ObjectReader` behind a buffer of 1 MiB.
+
+    Where the store does not tell the size, the object is fetched to a temporary file first,
+    because nobody can seek from its end otherwise.
+    """
+    if info.size is None:
+        return retry.run(lambda: spooled(backend.read(info.key)))
     return io.BufferedReader(ObjectReader(backend, info, retry, where), _BUFFER)

@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
-from storage.backends.base import Backend, ObjectInfo, file_payload
+from storage.backends.base import Backend, BatchBackend, BatchItem, ObjectInfo, file_payload
 from storage.digest import hash_file
 from storage.errors import DestinationError, IntegrityError, InvalidInput
 from storage.transfer.engine import Budget, TransferOptions, run_tasks
@@ -117,6 +118,8 @@ def upload(
         IntegrityError: a file changed while it was being read; its object is removed again.
         TransferError: retries are spent.
     """
+    if backend.capabilities.batch_write:
+        return _send_all(cast("BatchBackend", backend), files, key_of, options, meter, if_absent)
     results: dict[str, ObjectInfo] = {}
 
     def send(file: SourceFile, cancel: threading.Event) -> None:
@@ -140,6 +143,48 @@ def _send(
     meter: Meter,
     if_absent: bool,
 ) -> ObjectInfo:
+    item = _item(backend, file, key)
+
+    def attempt() -> ObjectInfo:
+        with meter.attempt() as count:
+            return backend.write(
+                key,
+                item.payload,
+                metadata=item.metadata,
+                content_type=item.content_type,
+                if_absent=if_absent,
+                on_bytes=count,
+            )
+
+    info = options.retry.run(attempt)
+    _check_unchanged(backend, file, key, info)
+    meter.add_object()
+    return info
+
+
+def _send_all(
+    backend: BatchBackend,
+    files: Sequence[SourceFile],
+    key_of: Callable[[SourceFile], str],
+    options: TransferOptions,
+    meter: Meter,
+    if_absent: bool,
+) -> list[ObjectInfo]:
+    """Upload all files in one step of the store."""
+    items = [_item(backend, file, key_of(file)) for file in files]
+
+    def attempt() -> list[ObjectInfo]:
+        with meter.attempt() as count:
+            return backend.write_many(items, if_absent=if_absent, on_bytes=count)
+
+    infos = options.retry.run(attempt)
+    for file, item, info in zip(files, items, infos, strict=True):
+        _check_unchanged(backend, file, item.key, info)
+        meter.add_object()
+    return infos
+
+
+def _item(backend: Backend, file: SourceFile, key: str) -> BatchItem:
     metadata: dict[str, str] = {}
     try:
         if backend.capabilities.metadata:
@@ -147,32 +192,8 @@ def _send(
             metadata = {name: digest.hex for name, digest in digests.items()}
     except OSError as exc:
         raise DestinationError(f"{file.local} cannot be read: {exc.strerror}") from exc
-    counted = 0
-    lock = threading.Lock()
-
-    def count(sent: int) -> None:
-        nonlocal counted
-        with lock:
-            counted += sent
-        meter.add_bytes(sent)
-
-    def attempt() -> ObjectInfo:
-        nonlocal counted
-        meter.add_bytes(-counted)
-        counted = 0
-        return backend.write(
-            key,
-            file_payload(file.local, file.size),
-            metadata=metadata,
-            content_type=mimetypes.guess_type(file.path)[0] or "application/octet-stream",
-            if_absent=if_absent,
-            on_bytes=count,
-        )
-
-    info = options.retry.run(attempt)
-    _check_unchanged(backend, file, key, info)
-    meter.add_object()
-    return info
+    content_type = mimetypes.guess_type(file.path)[0] or "application/octet-stream"
+    return BatchItem(key, file_payload(file.local, file.size), metadata, content_type)
 
 
 def _check_unchanged(backend: Backend, file: SourceFile, key: str, info: ObjectInfo) -> None:

@@ -200,9 +200,11 @@ class Normalising(Writes):
 
 
 class CopiesNothing(MemoryBackend):
-    def copy(self, source: str, key: str, *, version: str | None = None) -> None:
+    def copy(
+        self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
+    ) -> None:
         if source in self._existing().objects:
-            super().copy(source, key, version=version)
+            super().copy(source, key, version=version, bucket=bucket)
 
 
 class DeletesTrees(MemoryBackend):
@@ -350,7 +352,7 @@ class Modest(MemoryBackend):
     def capabilities(self):
         return replace(super().capabilities, copy=False)
 
-    def copy(self, source, key, *, version=None):
+    def copy(self, source, key, *, version=None, bucket=None):
         raise UnsupportedOperation("no copy here")
 
 

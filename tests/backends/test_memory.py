@@ -67,6 +67,7 @@ def test_capabilities_are_all_but_signing() -> None:
         write=True,
         delete=True,
         copy=True,
+        copy_across=True,
         ranged_read=True,
         pinned_read=True,
         if_absent=True,

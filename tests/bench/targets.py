@@ -89,6 +89,8 @@ def _judge(results: Results) -> list[Verdict]:
         verdicts.append(_ratio(small, "storage", "kserve-storage", 0.1))
     if upload := results.get("upload"):
         verdicts.append(_ratio(upload, "storage", "s5cmd", 1.0))
+    if http := results.get("http"):
+        verdicts.append(_ratio(http, "storage+blake3", "cp", 1.25, "verified"))
     if imports := results.get("import"):
         cost = import_cost(imports, "storage")
         verdicts.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Self
@@ -32,6 +32,8 @@ class Recorded(NamedTuple):
     """The request's target as it was sent, query included."""
     status: int
     """What was answered; 502 if the server behind did not."""
+    headers: Mapping[str, str]
+    """The request's headers, by their names in lower case."""
 
 
 class CountingProxy:
@@ -98,10 +100,10 @@ class CountingProxy:
             number = self._seen
         return self.fault(number, method, path) if self.fault else None
 
-    def record(self, method: str, path: str, status: int) -> None:
+    def record(self, method: str, path: str, status: int, headers: Mapping[str, str]) -> None:
         """Note an answer."""
         with self._lock:
-            self._requests.append(Recorded(method, path, status))
+            self._requests.append(Recorded(method, path, status, headers))
 
 
 class _ProxyServer(ThreadingHTTPServer):
@@ -142,8 +144,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_OPTIONS = do_PATCH = handle_any  # noqa: N815
 
+    def _record(self, status: int) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.proxy.record(self.command, self.path, status, headers)
+
     def _answer_alone(self, status: int) -> None:
-        self.server.proxy.record(self.command, self.path, status)
+        self._record(status)
         # The request's body may be unread.
         self.close_connection = True
         self.send_response_only(status)
@@ -184,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             pass
 
     def _relay(self, answer: http.client.HTTPResponse) -> None:
-        self.server.proxy.record(self.command, self.path, answer.status)
+        self._record(answer.status)
         self.send_response_only(answer.status, answer.reason)
         for name, value in answer.getheaders():
             if name.lower() not in _HOP_BY_HOP:

@@ -1,6 +1,6 @@
 """Move one object or tree with a Python client and note how long its parts took.
 
-``python transfer.py CLIENT ACTION BUCKET KEY PATH [--digest DIGEST] [--timings FILE]``; the
+``python transfer.py CLIENT ACTION URI PATH [--digest DIGEST] [--timings FILE]``; the
 endpoint and the credentials come from the ``AWS_*`` variables. Each client is imported and
 used the way its own documentation shows, with its own defaults. ``transfer`` is the time from
 the end of the import to the end of the transfer, construction of the client included.
@@ -80,24 +80,24 @@ def use_kserve_storage(job: Job) -> Work:
     """Return the transfer by KServe's storage initializer; its destination is a directory."""
     from kserve_storage import Storage  # type: ignore[import-not-found, unused-ignore]
 
-    uri = f"s3://{job.bucket}/{job.key}"
-    directory = os.path.dirname(job.path) if job.action == "download-object" else job.path
-    return lambda: Storage.download(uri, directory)
+    directory = job.path if job.action == "download-tree" else os.path.dirname(job.path)
+    return lambda: Storage.download(job.uri, directory)
 
 
 def use_storage(job: Job) -> Work:
     """Return the transfer by this library's facade."""
     from storage import S3Config, Storage
 
-    uri = f"s3://{job.bucket}/{job.key}"
+    if job.action == "download-url":
+        return lambda: Storage.download(job.uri, job.path, digest=job.digest)
     config = S3Config(
         access_key_id=os.environ["AWS_ACCESS_KEY_ID"],
         secret_access_key=os.environ["AWS_SECRET_ACCESS_KEY"],
         endpoint_url=os.environ["AWS_ENDPOINT_URL"],
     )
     if job.action == "upload-object":
-        return lambda: Storage.upload(job.path, uri, config=config)
-    return lambda: Storage.download(uri, job.path, config=config, digest=job.digest)
+        return lambda: Storage.upload(job.path, job.uri, config=config)
+    return lambda: Storage.download(job.uri, job.path, config=config, digest=job.digest)
 
 
 CLIENTS: dict[str, Callable[[Job], Work]] = {
@@ -111,13 +111,14 @@ CLIENTS: dict[str, Callable[[Job], Work]] = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("client", choices=sorted(CLIENTS))
-    parser.add_argument("action", choices=["download-object", "download-tree", "upload-object"])
-    parser.add_argument("bucket")
-    parser.add_argument("key")
+    actions = ["download-object", "download-tree", "upload-object", "download-url"]
+    parser.add_argument("action", choices=actions)
+    parser.add_argument("uri")
     parser.add_argument("path")
     parser.add_argument("--digest")
     parser.add_argument("--timings", required=True)
     job = parser.parse_args()
+    job.bucket, _, job.key = job.uri.partition("://")[2].partition("/")
 
     begin = time.perf_counter()
     work = CLIENTS[job.client](job)
