@@ -104,6 +104,9 @@ class HTTPConfig(NetworkConfig):
     max_redirects: int = Field(default=10, ge=0)
     """Redirections to follow for one request."""
 
+    insecure_redirects: bool = False
+    """Whether a redirection from https to http is followed."""
+
     def __init__(
         self,
         /,
@@ -118,6 +121,7 @@ class HTTPConfig(NetworkConfig):
         client_key: Path | None = None,
         proxy: Text | None = None,
         max_redirects: int | None = None,
+        insecure_redirects: bool | None = None,
         connect_timeout: float | None = None,
         read_timeout: float | None = None,
         **unknown: Never,
