@@ -61,7 +61,11 @@ __all__ = [
 
 # A URL anywhere in a text: user information before the host and everything from the first
 # "?" on may be a credential (SAS tokens and presigned URLs keep theirs in the query).
-_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s@]*@")
+# What an Azure URI has there is the name of a container.
+_USERINFO = re.compile(
+    r"(?<![A-Za-z])(?!abfss?://[a-z0-9$-]+@[a-z0-9]+\.(?:dfs|blob)\.)"
+    r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s@]*@"
+)
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?\"<>]*)\?[^\s\"<>]*")
 # What a request's headers look like when an SDK prints them.
 _HEADER = re.compile(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from storage.backends.base import (
@@ -27,7 +28,7 @@ from storage.backends.base import (
     content_digests,
     md5_hint,
 )
-from storage.backends.obstore_errors import Classify, translated
+from storage.backends.obstore_errors import Classify, check_headers, translated
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -105,6 +106,7 @@ class ObstoreBackend:
                 opened = self._opened
                 if opened is None or opened[0] != os.getpid():
                     opened = self._opened = (os.getpid(), self._make_store())
+                    _used_by(opened[0])
         return opened[1]
 
     def _reader(self) -> Any:
@@ -132,14 +134,14 @@ class ObstoreBackend:
     def _translated(self, key: str) -> AbstractContextManager[None]:
         return translated(self._where(key), self._classify)
 
-    def _expressible(self, key: str) -> bool:
-        """Tell whether obstore can name ``key``; the second driver takes the others."""
+    def _takes(self, key: str) -> bool:
+        """Tell whether obstore serves ``key``, here; if not, the second driver does."""
         if not key or "\0" in key:
             raise InvalidInput(f"{self._where(key)!r}: a key is not empty and holds no NUL")
-        return expressible(key)
+        return expressible(key) and not _is_lost()
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
-        if not self._expressible(key):
+        if not self._takes(key):
             return self._second().stat(key, version)
         options: dict[str, Any] = {"head": True}
         if version is not None:
@@ -161,7 +163,7 @@ class ObstoreBackend:
         return info
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        if prefix and not self._expressible(prefix[:-1]):
+        if _is_lost() or (prefix and not self._takes(prefix[:-1])):
             yield from self._second().list(prefix)
             return
         seen: set[str] = set()
@@ -205,7 +207,7 @@ class ObstoreBackend:
         return True
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
-        if not self._expressible(key):
+        if not self._takes(key):
             return self._second().read(key, span, pin)
         options: dict[str, Any] = {}
         if span is not None:
@@ -260,7 +262,7 @@ class ObstoreBackend:
         conditional = if_absent or if_match is not None
         small = payload.size is not None and payload.size <= _SINGLE_PUT_LIMIT
         # A conditional put of obstore's is one request with everything in memory.
-        if not self._expressible(key) or (conditional and not small):
+        if not self._takes(key) or (conditional and not small):
             return self._second().write(
                 key,
                 payload,
@@ -273,13 +275,19 @@ class ObstoreBackend:
         attributes = self._attributes(metadata or {})
         if content_type is not None:
             attributes["Content-Type"] = content_type
+        check_headers(self._where(key), attributes)
         part_size = _part_size(payload.size)
         with payload.open() as stream, self._translated(key):
             blocks = _Blocks(stream, part_size, payload.size, self._where(key), on_bytes)
+            coming = iter(blocks)
+            if payload.size is None:
+                # An upload in parts that turns out to be empty loses its attributes on GCS.
+                first = next(coming, b"")
+                small, coming = len(first) <= _SINGLE_PUT_LIMIT, chain((first,), coming)
             result = _obstore().put(
                 self._store(),
                 key,
-                b"".join(blocks) if small else _read_apart(blocks),
+                b"".join(coming) if small else _read_apart(coming),
                 attributes=attributes or None,
                 mode=mode,
                 use_multipart=not small,
@@ -314,7 +322,7 @@ class ObstoreBackend:
         awkward = (
             version is not None
             or bucket is not None
-            or not (self._expressible(source) and self._expressible(key))
+            or not (self._takes(source) and self._takes(key))
         )
         if not awkward and self._copy_limit is not None:
             size = self.stat(source).size
@@ -326,8 +334,8 @@ class ObstoreBackend:
             _obstore().copy(self._store(), source, key)
 
     def delete(self, keys: Sequence[str]) -> None:
-        awkward = [key for key in keys if not self._expressible(key)]
-        plain = [key for key in keys if self._expressible(key)]
+        awkward = [key for key in keys if not self._takes(key)]
+        plain = [key for key in keys if self._takes(key)]
         if awkward:
             self._second().delete(awkward)
         if not plain:
@@ -350,7 +358,7 @@ class ObstoreBackend:
             return
 
     def sign(self, key: str, method: str, expires: float) -> str:
-        if not self._expressible(key):
+        if not self._takes(key):
             return self._second().sign(key, method, expires)
         with self._translated(key):
             url: str = _obstore().sign(self._store(), method, key, timedelta(seconds=expires))
@@ -376,6 +384,20 @@ class ObstoreBackend:
 def expressible(key: str) -> bool:
     """Tell whether obstore can name ``key``; it would take others for another object's."""
     return _INEXPRESSIBLE.search(key) is None
+
+
+# All stores of a process share obstore's threads, which begin with the first request. A child
+# forked after that has none, and waits for ever: there, the second driver does all the work.
+_runtime_of: int | None = None
+
+
+def _used_by(pid: int) -> None:
+    global _runtime_of
+    _runtime_of = _runtime_of or pid
+
+
+def _is_lost() -> bool:
+    return _runtime_of not in (None, os.getpid())
 
 
 def _obstore() -> Any:

@@ -12,7 +12,19 @@ import storage.facade
 from storage import StorageClient
 from storage.backends.base import Backend
 from storage.config import load_settings
-from tests.facade.stores import FileStore, MemoryStore, PVCStore, S3Store, Store, stores_with
+from tests.facade.stores import (
+    CONFIGS,
+    AzureStore,
+    BucketStore,
+    FileStore,
+    GCSStore,
+    HubStore,
+    MemoryStore,
+    PVCStore,
+    S3Store,
+    Store,
+    stores_with,
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -25,6 +37,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for name in stores_with(needed)
         ]
         metafunc.parametrize("store", names, indirect=True)
+
+
+def bucket_store(request: pytest.FixtureRequest, name: str, prefix: str) -> BucketStore:
+    """Return a store on a server of buckets, by one of its drivers."""
+    kind, _, driver = name.partition("-")
+    store, fixture, bucket = {
+        "seaweedfs": (S3Store, "seaweedfs", "shared_bucket"),
+        "moto": (S3Store, "moto", "moto_shared_bucket"),
+        "gcs": (GCSStore, "gcs_server", "gcs_shared_bucket"),
+        "azurite": (AzureStore, "azurite", "azurite_shared_container"),
+    }[kind]
+    server = request.getfixturevalue(fixture)
+    config = CONFIGS[kind](server, driver)
+    place = f"{prefix}-{driver}"
+    return store(name, server, driver, request.getfixturevalue(bucket), place, config)
 
 
 @pytest.fixture
@@ -40,12 +67,9 @@ def make_store(
             return FileStore(tmp_path_factory.mktemp("files") / "place")
         if name == "pvc":
             return PVCStore(tmp_path_factory.mktemp("mounts"))
-        server, _, driver = name.partition("-")
-        bucket = {"seaweedfs": "shared_bucket", "moto": "moto_shared_bucket"}[server]
-        place = f"{prefix}-{driver}"
-        return S3Store(
-            request.getfixturevalue(server), driver, request.getfixturevalue(bucket), place
-        )
+        if name == "hub":
+            return HubStore(request.getfixturevalue("hub"))
+        return bucket_store(request, name, prefix)
 
     return make
 

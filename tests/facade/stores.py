@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,21 +12,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from storage import PVCConfig, S3Config
+from storage import AzureConfig, GCSConfig, HFConfig, PVCConfig, S3Config
 from storage.backends.base import bytes_payload
 from storage.backends.memory import MemoryBackend
 from tests.servers import Keys, S3Server
+from tests.servers.hub import Hub
+from tests.servers.hub.state import Change
 
 __all__ = [
+    "CONFIGS",
     "GAPS",
     "STORES",
+    "AzureStore",
+    "BucketStore",
     "FileStore",
+    "GCSStore",
+    "HubStore",
     "MemoryStore",
     "PVCStore",
     "S3Store",
     "Store",
     "needs",
     "s3_config",
+    "sha256_of_files",
     "slow_on",
     "stores_with",
     "tree_bytes",
@@ -39,6 +48,10 @@ STORES = (
     "seaweedfs-fsspec",
     "moto-obstore",
     "moto-fsspec",
+    "gcs-fsspec",
+    "azurite-obstore",
+    "azurite-fsspec",
+    "hub",
 )
 
 _Test = TypeVar("_Test", bound=Callable[..., object])
@@ -51,26 +64,38 @@ GAPS: Mapping[str, Mapping[str, str]] = {
         "pvc": "a path has no empty part; such a URI is refused",
         "seaweedfs-obstore": "the server stores m//x as m/x",
         "seaweedfs-fsspec": "the server stores m//x as m/x",
+        "hub": "a repository has no such path",
     },
     "dot segments": {
         "file": "'..' is the folder above",
         "pvc": "'..' is the folder above; such a URI is refused",
         "seaweedfs-obstore": "the server refuses keys with '..'",
         "seaweedfs-fsspec": "the server refuses keys with '..'",
+        "hub": "a repository has no such path",
     },
     "backslash": {
         "seaweedfs-obstore": "the server stores a\\b as a/b",
         "seaweedfs-fsspec": "the server stores a\\b as a/b",
+        "azurite-obstore": "Azure stores a\\b as a/b",
+        "azurite-fsspec": "Azure stores a\\b as a/b",
+    },
+    "final dots": {
+        "azurite-obstore": "Azure drops the dots at the end of a part of a name",
+        "azurite-fsspec": "Azure drops the dots at the end of a part of a name",
     },
     "file and folder": {
         "file": "a path is a file or a folder, never both",
         "pvc": "a path is a file or a folder, never both",
+        "hub": "a path is a file or a folder, never both",
     },
     "NUL": {
         "file": "no path holds a NUL",
         "pvc": "no path holds a NUL",
         "seaweedfs-obstore": "the server refuses keys with a NUL",
         "seaweedfs-fsspec": "the server refuses keys with a NUL",
+        "azurite-obstore": "the server cannot list a key with a NUL",
+        "azurite-fsspec": "the server cannot list a key with a NUL",
+        "hub": "a repository has no such path",
     },
     "long names": {
         "file": "a name has at most 255 bytes",
@@ -81,15 +106,22 @@ GAPS: Mapping[str, Mapping[str, str]] = {
     "metadata": {
         "file": "a file has no user metadata",
         "pvc": "a file has no user metadata",
+        "hub": "a file has no user metadata",
+    },
+    "only the newest": {
+        "hub": "every commit stays readable, and a download keeps to the one that it began with",
+    },
+    "time": {
+        "hub": "only commits have times",
     },
     "remote": {
         "file": "the bytes are on this machine already",
         "pvc": "the bytes are on this machine already",
     },
-    "network": {
-        "memory": "it is this process",
-        "file": "the bytes are on this machine already",
-        "pvc": "the bytes are on this machine already",
+    "S3": {
+        name: "it speaks another protocol"
+        for name in STORES
+        if name.partition("-")[0] not in ("seaweedfs", "moto")
     },
 }
 
@@ -136,6 +168,12 @@ class Store(ABC):
         """Tell whether the table of gaps says that this store has no ``feature``."""
         return self.name in GAPS[feature]
 
+    def holds(self, key: str) -> bool:
+        """Tell whether the table of gaps lets this store hold ``key`` as it is."""
+        backslash = "\\" in key and self.lacks("backslash")
+        dots = any(part.endswith(".") for part in key.split("/")) and self.lacks("final dots")
+        return not backslash and not dots
+
     @abstractmethod
     def put_raw(self, path: str, data: bytes) -> None:
         """Store an object around the facade; ``put_raw("dir/", b"")`` makes a folder marker."""
@@ -155,6 +193,10 @@ class Store(ABC):
     @abstractmethod
     def filesystem_path(self, path: str) -> str:
         """Return what the store's fsspec file system calls ``path``."""
+
+    def put_described(self, path: str, data: bytes, metadata: Mapping[str, str]) -> None:
+        """Store an object with user metadata, around the facade."""
+        raise NotImplementedError
 
     def put_all(self, files: Mapping[str, bytes]) -> None:
         """Store many objects around the facade."""
@@ -188,6 +230,10 @@ class MemoryStore(Store):
             backend.delete(["like this one"])
             return
         backend.write(key, bytes_payload(data))
+
+    def put_described(self, path: str, data: bytes, metadata: Mapping[str, str]) -> None:
+        backend = MemoryBackend(self._bucket)
+        backend.write(self._prefix + path, bytes_payload(data), metadata=metadata)
 
     def get_raw(self, path: str) -> bytes:
         with MemoryBackend(self._bucket).read(self._prefix + path) as body:
@@ -276,21 +322,21 @@ class PVCStore(FileStore):
         yield PVCStore(self._mount_root, f"claim-{uuid4().hex}", "")
 
 
-class S3Store(Store):
-    """A prefix in a bucket of an S3 server, for one of the two drivers."""
+class BucketStore(Store):
+    """A prefix in a bucket of a server, for one of the two drivers."""
 
-    def __init__(self, server: S3Server, driver: str, bucket: str, prefix: str) -> None:
-        self.name = f"{server.name}-{driver}"
-        self.server = server
+    scheme: str
+
+    def __init__(
+        self, name: str, server: Any, driver: str, bucket: str, prefix: str, config: Any
+    ) -> None:
+        self.name = name
+        self.server: Any = server
         self.driver = driver
         self.bucket = bucket
-        self.config = s3_config(server, driver)
-        self.base = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.config = config
+        self.base = f"{self.scheme}://{bucket}/{prefix}".rstrip("/")
         self._prefix = f"{prefix}/" if prefix else ""
-
-    def through(self, endpoint: str) -> S3Config:
-        """Return the config that reaches this store by another address."""
-        return s3_config(self.server, self.driver, endpoint=endpoint)
 
     def put_raw(self, path: str, data: bytes) -> None:
         self.server.put_raw(self.bucket, self._prefix + path, data)
@@ -300,16 +346,14 @@ class S3Store(Store):
             # In order: SeaweedFS loses one of "a" and "a/b" if they come at the same moment.
             super().put_all(files)
             return
-        client = self.server.raw  # made before the threads ask for it
-
-        def put(item: tuple[str, bytes]) -> None:
-            client.put_object(Bucket=self.bucket, Key=self._prefix + item[0], Body=item[1])
-
+        first, *rest = files.items()
+        self.put_raw(*first)  # a client is made before the threads ask for it
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(put, files.items()))
+            list(pool.map(lambda item: self.put_raw(*item), rest))
 
     def get_raw(self, path: str) -> bytes:
-        return self.server.get_raw(self.bucket, self._prefix + path)
+        data: bytes = self.server.get_raw(self.bucket, self._prefix + path)
+        return data
 
     def delete_raw(self, path: str) -> None:
         self.server.delete_raw(self.bucket, self._prefix + path)
@@ -324,7 +368,94 @@ class S3Store(Store):
     @contextmanager
     def whole_bucket(self) -> Iterator[Store]:
         with self.server.bucket(f"whole-{uuid4().hex}") as bucket:
-            yield S3Store(self.server, self.driver, bucket, "")
+            yield type(self)(self.name, self.server, self.driver, bucket, "", self.config)
+
+
+class S3Store(BucketStore):
+    """On SeaweedFS or moto."""
+
+    scheme = "s3"
+    server: S3Server
+
+    def put_described(self, path: str, data: bytes, metadata: Mapping[str, str]) -> None:
+        headers = {f"x-amz-meta-{name}": value for name, value in metadata.items()}
+        self.server.put_raw(self.bucket, self._prefix + path, data, headers)
+
+    def through(self, endpoint: str) -> S3Config:
+        """Return the config that reaches this store by another address."""
+        return s3_config(self.server, self.driver, endpoint=endpoint)
+
+
+class GCSStore(BucketStore):
+    """On fake-gcs-server."""
+
+    scheme = "gs"
+
+    def put_described(self, path: str, data: bytes, metadata: Mapping[str, str]) -> None:
+        self.put_raw(path, data)
+        key = self._prefix + path
+        self.server.patch_raw(self.bucket, key, {"metadata": dict(metadata)})
+
+
+class AzureStore(BucketStore):
+    """On Azurite."""
+
+    scheme = "azure"
+
+    def put_described(self, path: str, data: bytes, metadata: Mapping[str, str]) -> None:
+        headers = {f"x-ms-meta-{name}": value for name, value in metadata.items()}
+        self.server.put_raw(self.bucket, self._prefix + path, data, headers)
+
+    def keys(self) -> list[str]:
+        found = self.server.keys_raw(self.bucket)
+        mine = [key.removeprefix(self._prefix) for key in found if key.startswith(self._prefix)]
+        return [key for key in mine if not key.endswith("/")]
+
+    @contextmanager
+    def whole_bucket(self) -> Iterator[Store]:
+        with self.server.container(f"whole-{uuid4().hex}") as name:
+            yield AzureStore(self.name, self.server, self.driver, name, "", self.config)
+
+
+class HubStore(Store):
+    """A folder of a model's repository on the test Hub."""
+
+    name = "hub"
+
+    def __init__(self, hub: Hub, place: str = "place") -> None:
+        self._hub = hub
+        self._repo = hub.repo(f"owner/m{uuid4().hex}")
+        self._prefix = f"{place}/" if place else ""
+        self.config = HFConfig(hub.writer.token, hub.url)
+        self.base = f"hf://{self._repo.id}/{place}".rstrip("/")
+
+    def put_raw(self, path: str, data: bytes) -> None:
+        self.put_all({path: data})
+
+    def put_all(self, files: Mapping[str, bytes]) -> None:
+        # A repository has no folders of their own, so no markers of them.
+        kept = {self._prefix + path: data for path, data in files.items() if path[-1:] != "/"}
+        if kept:
+            self._hub.put(self._repo, kept)
+
+    def get_raw(self, path: str) -> bytes:
+        return self._hub.get(self._repo, self._prefix + path)
+
+    def delete_raw(self, path: str) -> None:
+        self._repo.commit([Change(self._prefix + path)], "delete")
+
+    def keys(self) -> list[str]:
+        found = self._repo.head().files
+        return sorted(
+            key.removeprefix(self._prefix) for key in found if key.startswith(self._prefix)
+        )
+
+    def filesystem_path(self, path: str) -> str:
+        return f"{self._repo.id}/{self._prefix}{path}"
+
+    @contextmanager
+    def whole_bucket(self) -> Iterator[Store]:
+        yield HubStore(self._hub, "")
 
 
 def s3_config(
@@ -340,6 +471,20 @@ def s3_config(
     )
 
 
+CONFIGS: Mapping[str, Callable[[Any, str], Any]] = {
+    "seaweedfs": s3_config,
+    "moto": s3_config,
+    # The server takes any token for a good one.
+    "gcs": lambda server, driver: GCSConfig(
+        project_id=server.project, token="any", endpoint_url=server.endpoint, driver=driver
+    ),
+    "azurite": lambda server, driver: AzureConfig(
+        *server.main, endpoint_url=server.account_url(), driver=driver
+    ),
+}
+"""Makes the config of an administrator, by the kind of server."""
+
+
 def tree_bytes(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     """Return the content of every file below ``folder``, hidden ones too, by relative path."""
     return {
@@ -347,6 +492,18 @@ def tree_bytes(folder: str | os.PathLike[str]) -> dict[str, bytes]:
         for root, _, names in os.walk(folder)
         for name in names
     }
+
+
+def sha256_of_files(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the SHA-256 of every file below ``folder``, by relative path."""
+    found = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(root, name)
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[os.path.relpath(path, folder)] = digest
+    return found
 
 
 def stores_with(features: Iterable[str]) -> list[str]:

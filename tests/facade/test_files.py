@@ -109,7 +109,7 @@ def test_other_libraries_read_from_it(store: Store, tmp_path: Path) -> None:
         assert member.read() == DATA
 
 
-@needs("network")
+@needs("S3")
 def test_reading_from_start_to_end_is_one_request(
     store: Store, counting_proxy: Callable[[str], CountingProxy]
 ) -> None:

@@ -67,7 +67,7 @@ def test_a_repeat_moves_nothing_and_gives_the_same_path(store: Store) -> None:
         assert events[-1].bytes_done == events[-1].bytes_present == events[-1].bytes_total
 
 
-@needs("network")
+@needs("S3")
 def test_a_repeat_fetches_no_body(store: Store, counting_proxy: MakeProxy) -> None:
     assert isinstance(store, S3Store)
     store.put_all({f"iris/{path}": data for path, data in TREE.items()})
@@ -191,7 +191,7 @@ def test_what_was_kept_is_served_offline(store: Store, out: Path) -> None:
     assert sorted(os.listdir(out)) == ["model.bin", "tree"]
 
 
-@needs("network")
+@needs("S3")
 def test_offline_asks_nobody(store: Store, counting_proxy: MakeProxy) -> None:
     assert isinstance(store, S3Store)
     store.put_raw("model.bin", b"weights")

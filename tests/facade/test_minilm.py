@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from storage import S3Config, Storage, StorageOperations
-from tests.facade.stores import s3_config
+from tests.facade.stores import s3_config, sha256_of_files
 from tests.servers import SeaweedFS
 
 pytestmark = pytest.mark.slow
@@ -22,22 +21,10 @@ ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 
 
-def hashes(folder: Path | str) -> dict[str, str]:
-    """Return the SHA-256 of every file below ``folder``."""
-    found = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
-            path = Path(root, name)
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[str(path.relative_to(folder))] = digest
-    return found
-
-
 @pytest.fixture(scope="module")
 def expected(minilm: Path) -> dict[str, str]:
     """The files of the model as they are on disk."""
-    found = hashes(minilm)
+    found = sha256_of_files(minilm)
     assert len(found) > 10
     assert WEIGHTS in found
     assert any("/" in path for path in found)
@@ -71,10 +58,10 @@ def test_through_the_facade(
 
     tree = Storage.download(uri, out / "model", config=config)
     assert tree == str(out / "model")
-    assert hashes(tree) == expected
+    assert sha256_of_files(tree) == expected
     # Over itself: as a whole, with nothing left beside it.
     assert Storage.download(uri, out / "model", config=config) == tree
-    assert hashes(tree) == expected
+    assert sha256_of_files(tree) == expected
 
     file = Storage.download(f"{uri}/{WEIGHTS}", out / "weights.bin", config=config)
     assert file == str(out / "weights.bin")
@@ -82,10 +69,10 @@ def test_through_the_facade(
     assert Storage.download(pinned, out, config=config) == str(out / WEIGHTS)
     assert sorted(os.listdir(out)) == ["model", WEIGHTS, "weights.bin"]
     for path in (out / "weights.bin", out / WEIGHTS):
-        assert hashes(out)[path.name] == expected[WEIGHTS]
+        assert sha256_of_files(out)[path.name] == expected[WEIGHTS]
 
     kept = Storage.download(uri, config=config)
-    assert hashes(kept) == expected
+    assert sha256_of_files(kept) == expected
     assert Storage.download(uri, config=config, offline=True) == kept
 
 
@@ -100,7 +87,7 @@ def test_what_one_driver_stores_the_other_reads(
 ) -> None:
     other = s3_config(seaweedfs, {"obstore": "fsspec", "fsspec": "obstore"}[driver])
     Storage.upload(minilm, uri, config=config)
-    assert hashes(Storage.download(uri, out / "model", config=other)) == expected
+    assert sha256_of_files(Storage.download(uri, out / "model", config=other)) == expected
 
 
 def test_through_the_command(
@@ -136,12 +123,12 @@ def test_through_the_command(
     storage("upload", str(minilm), uri)
     assert storage("ls", uri).splitlines() == sorted(expected)
     assert storage("download", uri, "out/model") == f"{out}/model\n"
-    assert hashes(out / "model") == expected
+    assert sha256_of_files(out / "model") == expected
     assert storage("download", f"{uri}/{WEIGHTS}", "out/weights.bin") == f"{out}/weights.bin\n"
-    assert hashes(out)["weights.bin"] == expected[WEIGHTS]
+    assert sha256_of_files(out)["weights.bin"] == expected[WEIGHTS]
     report = json.loads(storage("stat", f"{uri}/{WEIGHTS}", "--json"))
     assert report["size"] == (minilm / WEIGHTS).stat().st_size
     assert report["digests"]["sha256"] == expected[WEIGHTS]
     kept = storage("download", uri, "--quiet").strip()
-    assert hashes(kept) == expected
+    assert sha256_of_files(kept) == expected
     assert sorted(os.listdir(out)) == ["model", "weights.bin"]

@@ -29,7 +29,7 @@ def content(seed: int, size: int = 10 * MIB) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-@needs("network")
+@needs("S3")
 def test_ten_parts_are_ten_ranges(
     store: Store,
     small_parts: StorageClient,
@@ -110,6 +110,7 @@ class AtFirstByte:
             self._action()
 
 
+@needs("only the newest")
 @pytest.mark.parametrize(
     ("size", "kept"),
     [(10 * MIB, False), (9 * MIB + 5, False), (100, False), (10 * MIB, True)],
@@ -146,6 +147,7 @@ def test_a_small_object_replaced_midway_is_never_spliced(store: Store, out: Path
     assert Path(path).read_bytes() in (old, new)
 
 
+@needs("only the newest")
 def test_an_object_of_a_tree_that_is_replaced_is_fetched_anew(
     store: Store, small_parts: StorageClient, out: Path
 ) -> None:
@@ -157,6 +159,27 @@ def test_an_object_of_a_tree_that_is_replaced_is_fetched_anew(
     assert tree_bytes(path) == {"a.bin": new, "z": b"small"}
 
 
+def test_a_repository_that_changes_midway_is_that_of_the_beginning(
+    make_store: Callable[[str], Store], small_parts: StorageClient, out: Path
+) -> None:
+    store = make_store("hub")
+    files = {"a.bin": content(1), "z": b"small"}
+    store.put_all({f"tree/{path}": data for path, data in files.items()})
+
+    def change() -> None:
+        store.put_raw("tree/a.bin", content(2))
+        store.delete_raw("tree/z")
+
+    begun = AtFirstByte(change)
+    options = {"config": store.config, "progress": begun}
+    path = small_parts.download(store.uri("tree"), out / "t", **options)
+    assert begun.done == 1
+    assert tree_bytes(path) == files
+    again = small_parts.download(store.uri("tree"), out / "new", config=store.config)
+    assert tree_bytes(again) == {"a.bin": content(2)}
+
+
+@needs("only the newest")
 def test_what_is_deleted_midway_is_an_error(
     store: Store, small_parts: StorageClient, out: Path
 ) -> None:
@@ -170,7 +193,7 @@ def test_what_is_deleted_midway_is_an_error(
     assert os.listdir(out) == []
 
 
-@needs("network")
+@needs("S3")
 def test_what_is_replaced_again_and_again_is_given_up(
     store: Store, small_parts: StorageClient, out: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,15 @@ def source(tmp_path: Path) -> Path:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
     return folder
+
+
+def has_digests(found: Mapping[str, str], data: bytes) -> bool:
+    """Tell whether our own digests are there, and nothing that is not of these bytes.
+
+    Google and Azure tell the MD5 beside them.
+    """
+    expected = digests(data) | {"md5": hashlib.md5(data).hexdigest()}
+    return found.items() <= expected.items() and digests(data).keys() <= found.keys()
 
 
 def digests(data: bytes) -> dict[str, str]:
@@ -112,7 +121,7 @@ def test_digests_are_kept_with_the_object(store: Store, source: Path) -> None:
     for path, data in (FILES | {"large": large}).items():
         found = StorageOperations.get_object_metadata(store.uri(f"m/{path}"), config=store.config)
         assert found["size"] == len(data)
-        assert found["digests"] == digests(data)
+        assert has_digests(found["digests"], data)
         assert found["metadata"] == digests(data)
         if isinstance(store, S3Store):
             head = store.server.head_raw(store.bucket, f"{store._prefix}m/{path}")
@@ -239,13 +248,14 @@ def test_metadata_says_what_an_object_is(store: Store, source: Path) -> None:
     found = StorageOperations.get_object_metadata(store.uri("m/model.bin"), config=store.config)
     assert found["type"] == "object"
     assert found["size"] == 7
-    assert found["modified_time"].tzinfo is not None
-    assert found["etag"]
+    assert found["etag"] or found["version"]
     assert found["uri"].endswith("/m/model.bin")
     assert {"version", "content_type", "digests", "metadata"} <= found.keys()
     tree = StorageOperations.get_object_metadata(store.uri("m"), config=store.config)
     assert (tree["type"], tree["objects"], tree["size"]) == ("tree", 1, 7)
-    assert abs((tree["modified_time"] - found["modified_time"]).total_seconds()) < 1.5
+    if not store.lacks("time"):
+        assert found["modified_time"].tzinfo is not None
+        assert abs((tree["modified_time"] - found["modified_time"]).total_seconds()) < 1.5
 
 
 # -- copy ------------------------------------------------------------------------------------
@@ -285,13 +295,14 @@ def test_objects_and_trees_are_copied_between_all_stores(
             described = StorageOperations.get_object_metadata(
                 target.uri(path), config=target.config
             )
-            assert described["digests"] == digests(data)
+            assert has_digests(described["digests"], data)
 
 
 @pytest.mark.parametrize(
     ("origin", "destination"),
     [
         ("seaweedfs-obstore", "moto-fsspec"),
+        ("seaweedfs-obstore", "moto-obstore"),
         ("moto-fsspec", "seaweedfs-obstore"),
         ("memory", "seaweedfs-fsspec"),
         ("seaweedfs-fsspec", "pvc"),

@@ -13,7 +13,7 @@ import os
 import pickle
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,10 +30,14 @@ from storage import (
     StorageError,
     StorageOperations,
     TransferError,
-    UnsupportedScheme,
 )
 from tests.facade.stores import tree_bytes
 from tests.servers import CountingProxy, SeaweedFS
+from tests.servers.azurite import Azurite
+from tests.servers.gcs import FakeGCS
+from tests.servers.google_tokens import GoogleTokens
+from tests.servers.hub import Hub
+from tests.servers.nginx_http import NginxHTTP, put_file
 
 pytestmark = pytest.mark.usefixtures("fresh_default_client")
 
@@ -142,7 +146,15 @@ def download_from_multiple_sources(sources: list[str]) -> tuple[list[str], dict[
 
 
 def test_several_kinds_of_stores_in_one_list(
-    s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Bucket,
+    gcs_server: FakeGCS,
+    gcs_bucket: str,
+    azurite: Azurite,
+    azurite_container: str,
+    hub: Hub,
+    nginx_http: NginxHTTP,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     claim = tmp_path / "mounts" / "model-pvc" / "xgboost-model"
     local = tmp_path / "local" / "lightgbm-model"
@@ -153,28 +165,47 @@ def test_several_kinds_of_stores_in_one_list(
     settings.write_text(
         f"[stores.claims]\nprefix = 'pvc://model-pvc/'\nmount_root = '{tmp_path / 'mounts'}'\n"
     )
-    monkeypatch.setenv("STORAGE_SETTINGS_FILE", str(settings))
+    # The variables that the stores' own clients read.
+    for name, value in {
+        "STORAGE_SETTINGS_FILE": str(settings),
+        "STORAGE_EMULATOR_HOST": gcs_server.endpoint,
+        "AZURE_STORAGE_CONNECTION_STRING": azurite.connection_string(),
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": hub.writer.token,
+    }.items():
+        monkeypatch.setenv(name, value)
     s3.put("tensorflow-model/saved_model.pb", b"graph")
     s3.put("tensorflow-model/variables/variables.index", b"index")
-    later = ["gs://gcp-bucket/pytorch-model/", "azure://azure-container/sklearn-model/"]
+    gcs_server.put_raw(gcs_bucket, "pytorch-model/model.pt", b"tensors")
+    azurite.put_raw(azurite_container, "sklearn-model/model.joblib", b"trees")
+    hub.put(hub.repo("owner/bert"), {"config.json": b"{}", "model.safetensors": b"layers"})
+    put_file(nginx_http.data, "releases/model.onnx", b"onnx")
+    missing = f"gs://{gcs_bucket}/missing/"
     paths, failures = download_from_multiple_sources(
         [
             s3.uri("tensorflow-model/"),
-            *later,
+            f"gs://{gcs_bucket}/pytorch-model/",
+            f"azure://{azurite_container}/sklearn-model/",
             "pvc://model-pvc/xgboost-model/",
             f"file://{local}/",
+            missing,
+            "hf://owner/bert",
+            f"{nginx_http.endpoint}/releases/model.onnx",
         ]
     )
+    file = paths.pop()
+    assert (os.path.basename(file), Path(file).read_bytes()) == ("model.onnx", b"onnx")
     assert [tree_bytes(path) for path in paths] == [
         {"saved_model.pb": b"graph", "variables/variables.index": b"index"},
+        {"model.pt": b"tensors"},
+        {"model.joblib": b"trees"},
         {"model.bst": b"xgboost-model"},
         {"model.bst": b"lightgbm-model"},
+        {"config.json": b"{}", "model.safetensors": b"layers"},
     ]
-    assert paths[1:] == [str(claim), str(local)]
-    assert list(failures) == later
-    for uri, failure in failures.items():
-        assert isinstance(failure, UnsupportedScheme)
-        assert uri.partition("://")[0] in str(failure)
+    assert paths[3:5] == [str(claim), str(local)]
+    assert list(failures) == [missing]
+    assert isinstance(failures[missing], ModelMissingError)
 
 
 # -- a second source -------------------------------------------------------------------------
@@ -312,7 +343,7 @@ def setup_authenticated_storage(s3_uri: str, gcs_uri: str) -> tuple[str, str]:
         region=os.getenv("AWS_DEFAULT_REGION", "us-east-1"),
     )
     gcs_config = GCSConfig(
-        service_account_key="/etc/keys/service-account.json",
+        service_account_key=os.getenv("KEY_FILE"),
         project_id=os.getenv("GCP_PROJECT_ID"),
     )
     s3_model = Storage.download(s3_uri, config=s3_config)
@@ -322,25 +353,32 @@ def setup_authenticated_storage(s3_uri: str, gcs_uri: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("region", [None, "us-east-1"])
 def test_credentials_come_from_variables(
-    s3: Bucket, monkeypatch: pytest.MonkeyPatch, region: str | None
+    s3: Bucket,
+    gcs_server: FakeGCS,
+    gcs_bucket: str,
+    counting_proxy: Callable[[str], CountingProxy],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    region: str | None,
 ) -> None:
     if region is not None:
         monkeypatch.setenv("AWS_DEFAULT_REGION", region)
     s3.put("confidential-model/model.pkl", dumped())
-    # Google's stores come later, and the config for them is taken already.
-    with pytest.raises(UnsupportedScheme, match="gs"):
-        setup_authenticated_storage(
-            s3.uri("confidential-model/"), "gs://private-bucket/secure-model/"
+    gcs_server.put_raw(gcs_bucket, "secure-model/model.pkl", dumped(1.5))
+    proxy = counting_proxy(gcs_server.endpoint)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.endpoint)
+    with GoogleTokens() as tokens:
+        key_file = tmp_path / "service-account.json"
+        key_file.write_text(json.dumps(tokens.service_account()))
+        monkeypatch.setenv("KEY_FILE", str(key_file))
+        folders = setup_authenticated_storage(
+            s3.uri("confidential-model/"), f"gs://{gcs_bucket}/secure-model/"
         )
-    path = Storage.download(
-        s3.uri("confidential-model/"),
-        config=S3Config(
-            access_key_id=os.getenv("AWS_ACCESS_KEY_ID"),
-            secret_access_key=os.getenv("AWS_SECRET_ACCESS_KEY"),
-            region=os.getenv("AWS_DEFAULT_REGION", "us-east-1"),
-        ),
-    )
-    assert load_pickled(os.path.join(path, "model.pkl")).threshold == 2.5
+    assert [load_pickled(os.path.join(folder, "model.pkl")).threshold for folder in folders] == [
+        2.5,
+        1.5,
+    ]
+    assert {request.headers["authorization"][:7] for request in proxy.requests} == {"Bearer "}
 
 
 def test_variables_that_are_not_set_mean_the_ambient_chain(
@@ -394,7 +432,10 @@ class BatchModelManager:
         return synced
 
 
-def test_a_batch_brings_what_is_there_and_tells_what_is_not(s3: Bucket) -> None:
+def test_a_batch_brings_what_is_there_and_tells_what_is_not(
+    s3: Bucket, gcs_server: FakeGCS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.endpoint)
     good = [s3.put(f"v{n}/model.joblib", dumped(float(n))) for n in range(12)]
     bad = {
         s3.uri("v99/model.bst"): "v99/model.bst",

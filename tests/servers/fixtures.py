@@ -16,15 +16,19 @@ from typing import TypeVar
 
 import pytest
 
+from tests.servers.azurite import Azurite
+from tests.servers.gcs import FakeGCS, GCSShim, OpenSeaweedFS
+from tests.servers.hub import Hub
 from tests.servers.moto import Moto
 from tests.servers.mounts import small_disk
-from tests.servers.process import ServerError
+from tests.servers.nginx_http import NginxHTTP
+from tests.servers.odd_http import OddHTTP
+from tests.servers.process import Server, ServerError
 from tests.servers.proxy import CountingProxy
 from tests.servers.rclone import RcloneS3
-from tests.servers.s3 import S3Server
 from tests.servers.seaweedfs import PUBLIC_BUCKET, READABLE_BUCKET, SeaweedFS
 
-S = TypeVar("S", bound=S3Server)
+S = TypeVar("S", bound=Server)
 
 _numbers = itertools.count(1)
 
@@ -59,6 +63,56 @@ def rclone_s3() -> Iterator[RcloneS3]:
 
 
 @pytest.fixture(scope="session")
+def azurite() -> Iterator[Azurite]:
+    """Azure Blob Storage: two accounts, real keys and SAS tokens, no versions."""
+    yield from _running(Azurite())
+
+
+@pytest.fixture(scope="session")
+def azurite_tls() -> Iterator[Azurite]:
+    """The same over TLS, and it takes bearer tokens."""
+    yield from _running(Azurite(tls=True))
+
+
+@pytest.fixture
+def azurite_container(azurite: Azurite) -> Iterator[str]:
+    """An empty container of Azurite's main account, deleted after the test."""
+    with azurite.container(_bucket_name()) as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[FakeGCS]:
+    """Google Cloud Storage by its JSON API, and what is read by its XML API."""
+    yield from _running(FakeGCS())
+
+
+@pytest.fixture(scope="session")
+def open_seaweedfs() -> Iterator[OpenSeaweedFS]:
+    """An S3 that asks nobody for a signature."""
+    yield from _running(OpenSeaweedFS())
+
+
+@pytest.fixture(scope="session")
+def gcs_shim(open_seaweedfs: OpenSeaweedFS) -> Iterator[GCSShim]:
+    """GCS's XML API, writes included, before ``open_seaweedfs``."""
+    yield from _running(GCSShim(open_seaweedfs.endpoint))
+
+
+@pytest.fixture
+def gcs_bucket(gcs_server: FakeGCS) -> Iterator[str]:
+    """An empty GCS bucket, deleted after the test."""
+    with gcs_server.bucket(_bucket_name()) as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
+def nginx_http() -> Iterator[NginxHTTP]:
+    """Nginx before a folder: GET, PUT and DELETE, over HTTP and TLS, with odd corners."""
+    yield from _running(NginxHTTP())
+
+
+@pytest.fixture(scope="session")
 def shared_bucket(seaweedfs: SeaweedFS) -> Iterator[str]:
     """A SeaweedFS bucket for the whole session: write below ``prefix`` only."""
     with seaweedfs.bucket("shared") as name:
@@ -69,6 +123,20 @@ def shared_bucket(seaweedfs: SeaweedFS) -> Iterator[str]:
 def moto_shared_bucket(moto: Moto) -> Iterator[str]:
     """A moto bucket for the whole session: write below ``prefix`` only."""
     with moto.bucket("shared") as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
+def azurite_shared_container(azurite: Azurite) -> Iterator[str]:
+    """An Azure container for the whole session: write below ``prefix`` only."""
+    with azurite.container("shared") as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
+def gcs_shared_bucket(gcs_server: FakeGCS) -> Iterator[str]:
+    """A GCS bucket for the whole session: write below ``prefix`` only."""
+    with gcs_server.bucket("shared") as name:
         yield name
 
 
@@ -113,11 +181,50 @@ def public_bucket(seaweedfs: SeaweedFS) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[Hub]:
+    """The test Hub; ``hub`` is it without anything of other tests."""
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A Hub that holds nothing yet. It does not speak the protocol of xet."""
+    hub_server.reset()
+    _disable_xet(monkeypatch)
+    return hub_server
+
+
+@pytest.fixture(scope="module")
+def module_hub() -> Iterator[Hub]:
+    """A Hub for one module, which fills it once."""
+    with pytest.MonkeyPatch.context() as patch, Hub() as server:
+        _disable_xet(patch)
+        yield server
+
+
+def _disable_xet(patch: pytest.MonkeyPatch) -> None:
+    # The Hub's own client reads these when it is imported, which may have happened.
+    from huggingface_hub import constants
+
+    patch.setenv("HF_HUB_DISABLE_XET", "1")
+    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        patch.setattr(constants, name, True, raising=False)
+
+
 @pytest.fixture
 def counting_proxy() -> Iterator[Callable[[str], CountingProxy]]:
     """Call it with a server's endpoint to get a running proxy before it."""
     with ExitStack() as stack:
         yield lambda target: stack.enter_context(CountingProxy(target))
+
+
+@pytest.fixture
+def odd_http() -> Iterator[Callable[..., OddHTTP]]:
+    """Call it with what ``OddHTTP`` takes to get a running server."""
+    with ExitStack() as stack:
+        yield lambda *args: stack.enter_context(OddHTTP(*args))
 
 
 @pytest.fixture

@@ -56,4 +56,3 @@ class TlsFront(Nginx):
         for number, blob in enumerate(certificate.cert_chain_pems):
             blob.write_to_path(chain, append=number > 0)
         return super().config()
-

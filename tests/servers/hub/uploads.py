@@ -140,7 +140,7 @@ class Uploads:
         action: dict[str, Any] = {"href": f"{base}/1{signed}", "expires_in": 3600}
         if upload.part_size is not None:
             count = -(-size // upload.part_size)
-            header = {str(number): f"{base}/{number}{signed}" for number in range(1, count + 1)}
+            header = {f"{number:05}": f"{base}/{number}{signed}" for number in range(1, count + 1)}
             action = {
                 "href": f"{self._hub.url}/api/complete-multipart?upload={token}",
                 "header": {"chunk_size": str(upload.part_size), **header},
