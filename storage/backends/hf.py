@@ -27,7 +27,7 @@ from storage.backends.base import (
 )
 from storage.backends.hf_answers import Facts, HubObject, check_key, described, extent
 from storage.backends.hf_errors import translated, understood
-from storage.backends.hf_session import HubSession
+from storage.backends.hf_session import HubSession, check_online
 from storage.errors import (
     ConfigurationError,
     IntegrityError,
@@ -138,8 +138,8 @@ class HubBackend:
         # At the endpoint, whatever host a mirror passes on: the token goes nowhere else.
         parts = urlsplit(following)
         root = urlsplit(self.session.endpoint).path
-        path = parts.path if parts.path.startswith(root) else root + parts.path
-        return f"{path.removeprefix(root)}?{parts.query}"
+        path = parts.path.removeprefix(root)
+        return f"/{path.removeprefix('/')}?{parts.query}"
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
         commit = pin.version if pin is not None else None
@@ -147,16 +147,17 @@ class HubBackend:
         check_key(key, where, writing=False)
         headers = {} if span is None else {"Range": f"bytes={span.start}-{span.end - 1}"}
         response, info = self._start(key, commit, headers, where)
+        known = info.size if info.size is not None or pin is None else pin.size
         try:
             if pin is not None and pin.etag is not None and info.etag not in (None, pin.etag):
                 raise ObjectChangedError(f"{where} is no longer the file that was asked for")
-            size, skip, length = extent(where, span, response)
+            size, skip, length = extent(where, span, response, known)
         except BaseException:
             response.close()
             raise
         info = HubObject(
             key,
-            info.size if info.size is not None else size,
+            known if known is not None else size,
             info.etag,
             info.version,
             digests=info.digests,
@@ -177,7 +178,7 @@ class HubBackend:
             response = self.session.send("GET", url, where, headers=headers)
             if response.status_code < 300:
                 return response, known
-            if response.status_code not in _REFUSED:
+            if response.status_code >= 400 and response.status_code not in _REFUSED:
                 raise self.session.error(response, where)
             # An address that is no longer good; the Hub gives another one.
             self.session.discard(response)
@@ -218,7 +219,7 @@ class HubBackend:
             response = self.session.send(method, url, where, headers=headers)
             if self.session.speaks_for_the_hub(url):
                 facts.learn(response)
-            target = self.session.redirected(url, response)
+            target = self.session.redirected(url, response, where)
             if target is None or (method == "HEAD" and facts.complete):
                 break
             if method == "HEAD" and not self.session.speaks_for_the_hub(target):
@@ -292,6 +293,8 @@ class HubBackend:
                 "a file system of the Hub needs the package huggingface_hub, which is not "
                 'installed; run: pip install "modelstorage[hf]"'
             ) from exc
+        # That package looks for the variable once, when it is imported.
+        check_online(self.where(""))
         # ``False`` is "no token"; ``None`` would be whatever token is around.
         files = HfFileSystem(
             endpoint=self.session.endpoint,

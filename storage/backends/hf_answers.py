@@ -112,7 +112,8 @@ def check_key(key: str, where: str, *, writing: bool) -> None:
     """Refuse what git cannot hold.
 
     Raises:
-        InvalidInput: the key holds empty or dot segments, a NUL or a folder ``.git``.
+        InvalidInput: the key holds empty or dot segments, a NUL, what is no text, or a
+            folder ``.git``.
         ModelMissingError: it is that of a folder, and only asked for.
     """
     parts = key.split("/")
@@ -123,6 +124,8 @@ def check_key(key: str, where: str, *, writing: bool) -> None:
         problem = "an empty segment, '.' or '..'"
     elif "\0" in key:
         problem = "a NUL character"
+    elif not key.isascii() and key != key.encode("utf-8", "replace").decode():
+        problem = "what is no text in UTF-8"
     elif any(part.lower() == ".git" for part in parts):
         problem = "the name .git, which belongs to git"
     if problem is not None:
@@ -130,14 +133,26 @@ def check_key(key: str, where: str, *, writing: bool) -> None:
 
 
 def extent(
-    where: str, span: ByteRange | None, response: requests.Response
+    where: str, span: ByteRange | None, response: requests.Response, known: int | None
 ) -> tuple[int | None, int, int | None]:
     """Return the object's size, the bytes to leave out first, and the bytes wanted.
+
+    Args:
+        where: the object's URI.
+        span: that was asked for.
+        response: that came.
+        known: the object's size, by what the Hub said before.
 
     Raises:
         ObjectChangedError: the object is too short for ``span``.
     """
-    length: int | None = None
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise UnsupportedOperation(
+            f"{where}: it came in the content coding {coding[:40]!r}, although none was asked "
+            "for; a proxy may do that"
+        )
+    length = known
     if (text := response.headers.get("Content-Length", "")).isdigit():
         length = int(text)
     if span is None:
@@ -149,7 +164,7 @@ def extent(
             raise TransientError(
                 f"{where}: bytes {span.start}-{span.end - 1} were asked for, {begin}-{last} sent"
             )
-    elif length is not None and span.start <= _MAX_SKIP:
+    elif response.status_code == 200 and length is not None and span.start <= _MAX_SKIP:
         begin, size = 0, length
     else:
         raise UnsupportedOperation(
@@ -159,4 +174,6 @@ def extent(
         raise ObjectChangedError(
             f"{where}: bytes up to {span.end} were asked for, the file has {size}"
         )
+    if known is not None and size != known:
+        raise TransientError(f"{where}: a file of {known} bytes was expected, one of {size} came")
     return size, span.start - begin, len(span)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -52,8 +53,14 @@ _NAMES: tuple[tuple[str, Kind], ...] = (
     ("requests.InvalidHeader", ConfigurationError),
     ("requests.RequestException", StorageError),
     ("urllib3.HTTPError", TransientError),
+    ("builtins.UnicodeError", ConfigurationError),
 )
+_NAMELESS = "Invalid username or password"
 _UNREACHABLE = {"urllib3.NewConnectionError", "urllib3.ConnectTimeoutError"}
+_TLS_SETTINGS = re.compile(
+    r"WRONG_VERSION_NUMBER|HTTP_REQUEST|UNKNOWN_PROTOCOL|RECORD_LAYER|NO_START_LINE|NO_CERTIFICATE"
+    r"|PEM|BAD_BASE64"
+)
 _RESET = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
 
@@ -64,6 +71,7 @@ def from_answer(
     message: str = "",
     *,
     anonymous: bool = False,
+    reading: bool = True,
 ) -> StorageError:
     """Return the error of ours for an error answer of the Hub or its content network.
 
@@ -73,10 +81,13 @@ def from_answer(
         headers: of the answer; names in any case, if the mapping does not care.
         message: what the Hub says in words.
         anonymous: whether the request brought no token.
+        reading: whether it only asked for something.
     """
     code = headers.get("X-Error-Code", "")
     message = headers.get("X-Error-Message") or message
-    if code == "RepoNotFound":
+    # So the public Hub answers those who give no name, whatever it is that is not there.
+    nameless = status == 401 and anonymous and reading and message.startswith(_NAMELESS)
+    if code == "RepoNotFound" or (nameless and not code):
         who = "no token was sent" if anonymous else "the token's account may not see it"
         return BucketMissingError(
             where,
@@ -155,32 +166,62 @@ def _wait(headers: Mapping[str, str]) -> float | None:
 
 @contextmanager
 def translated(where: str) -> Iterator[None]:
-    """Turn what ``requests`` and urllib3 raise in the block into an error of ours."""
+    """Turn what ``requests`` and urllib3 raise in the block into an error of ours.
+
+    Its cause is the system's own error, if there is one: those around it repeat the address,
+    which may be signed, and hold the request with its token.
+    """
     try:
         yield
     except StorageError:
         raise
     except Exception as exc:
-        found = _classify(exc, where)
+        reasons = list(_reasons(exc))
+        found = _classify(exc, reasons, where)
         if found is None:
             raise
-        raise found from exc
+        try:
+            raise found from next((one for one in reasons if _is_of_the_system(one)), None)
+        finally:
+            found.__context__ = None
 
 
-def _classify(exc: Exception, where: str) -> StorageError | None:
+def _is_of_the_system(exc: BaseException) -> bool:
+    return isinstance(exc, OSError) and not _lineage(exc) & {
+        "requests.RequestException",
+        "urllib3.HTTPError",
+    }
+
+
+def _classify(exc: Exception, reasons: list[BaseException], where: str) -> StorageError | None:
     lineage = _lineage(exc)
     if "requests.SSLError" in lineage or "urllib3.SSLError" in lineage:
-        return ConfigurationError(
-            f"{where}: the Hub's TLS certificate is not trusted; name its authority in "
-            "ca_bundle, REQUESTS_CA_BUNDLE or SSL_CERT_FILE"
-        )
-    reasons = list(_reasons(exc))
+        return _tls(exc, reasons, where)
     for name, kind in _NAMES:
         if name in lineage:
             if any(_UNREACHABLE & _lineage(reason) for reason in reasons):
                 kind = UnreachableError
             return error(kind, where, _summary(exc, reasons))
     return None
+
+
+def _tls(exc: Exception, reasons: list[BaseException], where: str) -> StorageError:
+    if any(
+        isinstance(one, ssl.SSLCertVerificationError) or type(one).__name__ == "CertificateError"
+        for one in reasons
+    ):
+        return ConfigurationError(
+            f"{where}: the Hub's TLS certificate is not trusted; name its authority in "
+            "ca_bundle, REQUESTS_CA_BUNDLE or SSL_CERT_FILE"
+        )
+    said = " ".join(str(one) for one in reasons if isinstance(one, ssl.SSLError))
+    if _TLS_SETTINGS.search(said):
+        return ConfigurationError(
+            f"{where}: no TLS with the Hub: it does not speak it at that port, or the file of "
+            "authorities holds none; check the endpoint, ca_bundle, REQUESTS_CA_BUNDLE and "
+            "SSL_CERT_FILE"
+        )
+    return error(TransientError, where, _summary(exc, reasons))
 
 
 def _lineage(exc: BaseException) -> set[str]:

@@ -9,7 +9,9 @@ sent by ``requests``. ``huggingface_hub`` knows the login and gives the fsspec f
 from __future__ import annotations
 
 import json as encoder
+import logging
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from storage.config import HFConfig
 
-__all__ = ["HubSession", "hub_endpoint", "hub_token", "is_true"]
+__all__ = ["HubSession", "check_online", "hub_endpoint", "hub_token", "is_true"]
 
 _PUBLIC = "https://huggingface.co"
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -38,11 +40,26 @@ _MAX_REDIRECTS = 5
 # The Hub answers a commit when all of it is written.
 _PATIENCE = 300.0
 _SMALL = 64 * 1024
+_MAX_ANSWER = 64 * 1024 * 1024
+_PLAIN_URL = re.compile(r"(?i)https?://[^\s\\/?#@\x00-\x20\x7f]+(?:[/?#]|$)")
 
 
 def is_true(variable: str) -> bool:
     """Tell whether an environment variable says yes, by the rules of ``huggingface_hub``."""
     return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def check_online(where: str) -> None:
+    """Refuse to ask the Hub where ``HF_HUB_OFFLINE`` is set.
+
+    Raises:
+        OfflineError: it is.
+    """
+    if is_true("HF_HUB_OFFLINE"):
+        raise OfflineError(
+            f"{where}: the Hub would have to be asked, but HF_HUB_OFFLINE is set; unset it, "
+            "or download while it can be reached"
+        )
 
 
 def hub_endpoint(config: HFConfig | None) -> str:
@@ -60,7 +77,7 @@ def hub_token(config: HFConfig | None) -> str | None:
     if config is not None and config.anonymous:
         return None
     if config is not None and config.token is not None:
-        return config.token.get_secret_value()
+        return _clean(config.token.get_secret_value())
     if is_true("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
         return None
     if not os.environ.get("HF_OIDC_RESOURCE"):
@@ -162,16 +179,18 @@ class HubSession:
 
         Raises:
             OfflineError: ``HF_HUB_OFFLINE`` is set.
+            StorageError: the URL is one that nothing is sent to.
         """
-        if is_true("HF_HUB_OFFLINE"):
-            raise OfflineError(
-                f"{where}: the Hub would have to be asked, but HF_HUB_OFFLINE is set; unset it, "
-                "or download while it can be reached"
-            )
+        check_online(where)
+        _check_url(url, where)
+        self._check_encrypted(url, where)
         sent = {"User-Agent": "modelstorage", "Accept-Encoding": "identity", **(headers or {})}
         if self.is_hub(url) and (token := self.token()) is not None:
             sent["Authorization"] = f"Bearer {token}"
         connect, stall = self._timeout
+        if body is not None:
+            # urllib3 sends the body under the time limit of the connection.
+            connect = max(connect, stall)
         with translated(where):
             return self._opened().request(
                 method,
@@ -202,7 +221,7 @@ class HubSession:
 
         Args:
             method: of HTTP.
-            path: below the endpoint, or a URL.
+            path: below the endpoint, with a slash before it; or a URL.
             where: the URI that an error is about.
             json: value to send.
             form: pairs to send as a form.
@@ -214,7 +233,7 @@ class HubSession:
         Raises:
             StorageError: the Hub refuses.
         """
-        url = path if "://" in path else f"{self.endpoint}{path}"
+        url = f"{self.endpoint}{path}" if path.startswith("/") else path
         sent = dict(headers or {})
         if json is not None:
             body = encoder.dumps(json).encode()
@@ -224,7 +243,7 @@ class HubSession:
             sent["Content-Type"] = "application/x-www-form-urlencoded"
         for _ in range(_MAX_REDIRECTS):
             response = self.send(method, url, where, headers=sent, body=body, patient=patient)
-            target = self.redirected(url, response)
+            target = self.redirected(url, response, where)
             if target is None or not self.is_hub(target):
                 break
             self.discard(response)
@@ -232,7 +251,15 @@ class HubSession:
         if response.status_code >= 300 and response.headers.get("X-Error-Code", "") not in allow:
             raise self.error(response, where)
         with translated(where):
-            response.content  # noqa: B018 -- read while what goes wrong is translated
+            data = bytearray()
+            for piece in response.iter_content(_SMALL):
+                data += piece
+                if len(data) > _MAX_ANSWER:
+                    response.close()
+                    raise StorageError(
+                        f"{where}: the answer is longer than any of a Hub; check the endpoint"
+                    )
+        response._content = bytes(data)
         return response
 
     def discard(self, response: requests.Response) -> None:
@@ -246,12 +273,26 @@ class HubSession:
         finally:
             response.close()
 
-    def redirected(self, url: str, response: requests.Response) -> str | None:
-        """Return where an answer leads, if it leads elsewhere."""
+    def redirected(self, url: str, response: requests.Response, where: str) -> str | None:
+        """Return where an answer leads, if it leads elsewhere.
+
+        Raises:
+            StorageError: nobody should go there; the answer is closed.
+        """
         location = response.headers.get("Location")
         if response.status_code not in _REDIRECTS or not location:
             return None
-        return urljoin(url, location)
+        try:
+            target = urljoin(url, location)
+        except ValueError:
+            target = ""
+        try:
+            _check_url(target, where)
+            self._check_encrypted(target, where)
+        except StorageError:
+            response.close()
+            raise
+        return target
 
     def error(self, response: requests.Response, where: str) -> StorageError:
         """Return the error of ours for an error answer, and free its connection."""
@@ -274,6 +315,7 @@ class HubSession:
             response.headers,
             message,
             anonymous="Authorization" not in response.request.headers,
+            reading=response.request.method in ("GET", "HEAD"),
         )
 
     def own_url(self, url: str) -> str:
@@ -294,6 +336,13 @@ class HubSession:
         """
         return self.is_hub(url) or urlsplit(url).hostname in ("huggingface.co", "hf.co")
 
+    def _check_encrypted(self, url: str, where: str) -> None:
+        if urlsplit(self.endpoint).scheme == "https" and urlsplit(url).scheme != "https":
+            raise StorageError(
+                f"{where}: the Hub led from https to {one_line(url)}, which anybody on the way "
+                "could read and change; check the endpoint and the proxy"
+            )
+
     def _opened(self) -> requests.Session:
         with self._lock:
             if self._session is None:
@@ -302,7 +351,15 @@ class HubSession:
                 import requests
                 from requests.adapters import HTTPAdapter
 
-                session = requests.Session()
+                class Session(requests.Session):
+                    """Leaves redirections alone; otherwise each is looked at, its body read."""
+
+                    def get_redirect_target(self, resp: requests.Response) -> None:
+                        return None
+
+                for name in ("urllib3.connectionpool", "urllib3.util.retry"):
+                    logging.getLogger(name).addFilter(_no_queries)
+                session = Session()
                 # It would take a password from ~/.netrc, and mix the environment's proxies
                 # and authorities with those of the config.
                 session.trust_env = False
@@ -330,6 +387,35 @@ class HubSession:
         if path and not os.path.exists(path):
             raise ConfigurationError(f"the CA bundle {path} cannot be read: there is no such file")
         return path or True
+
+
+def _no_queries(record: logging.LogRecord) -> bool:
+    """Take the queries out of what urllib3 logs; those of signed addresses are credentials."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            re.sub(r"\?.*", "?…", one) if isinstance(one, str) else one for one in record.args
+        )
+    return True
+
+
+def _check_url(url: str, where: str) -> None:
+    """Refuse a URL of which two programs may see different hosts.
+
+    What decides about the token has to see the host that is connected to: a backslash ends it
+    for urllib3, and belongs to the name of a user for ``urllib.parse``.
+
+    Raises:
+        ConfigurationError: it is such a URL, or none of a server.
+    """
+    try:
+        plain = _PLAIN_URL.match(url) is not None and urlsplit(url).port != 0
+    except ValueError:
+        plain = False
+    if not plain:
+        raise ConfigurationError(
+            f"{where}: the address of the Hub, or one that it named, is not a plain URL of http "
+            "or https; check the endpoint and the proxy"
+        )
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -213,7 +213,9 @@ class Upload:
         with understood(where):
             length = int(header["chunk_size"])
             count = -(-content.size // length)
-            addresses = [header[str(number)] for number in range(1, count + 1)]
+            # The public Hub numbers them 00001, 00002 and so on.
+            numbered = {int(name): each for name, each in header.items() if name.isdecimal()}
+            addresses = [numbered[number] for number in range(1, count + 1)]
 
         def put(index: int) -> dict[str, Any]:
             span = (index * length, min((index + 1) * length, content.size))

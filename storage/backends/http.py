@@ -98,6 +98,7 @@ class HTTPBackend:
         self._lock = threading.Lock()
         self._opened: Transport | None = None
         self._no_ranges: set[str] = set()
+        self._no_pins: set[str] = set()
 
     def _transport(self) -> Transport:
         with self._lock:
@@ -162,6 +163,9 @@ class HTTPBackend:
         info = self._head(key) or self._probe(key)
         if key in self._no_ranges:
             info = replace(info, ranged=False)
+        if key in self._no_pins:
+            # What HEAD calls it, GET does not, so nobody can tell which bytes it names.
+            info = replace(info, etag=None, version=None)
         if version is not None and version != info.version:
             raise ModelMissingError(self._where(key), f"{self._where(key)}: no such version")
         return info
@@ -233,6 +237,8 @@ class HTTPBackend:
                     f"{where}: bytes {span.start} to {span.end} were asked for; "
                     f"{part.start} to {part.end} of {part.total} came"
                 )
+        if span is not None and answer.status == 416 and pin is not None:
+            raise ObjectChangedError(f"{where} has no bytes {span.start} to {span.end} any more")
         partial = answer.status == 206
         if not partial and answer.status not in _OK:
             raise self._refusal(answer, key, "GET")
@@ -242,7 +248,7 @@ class HTTPBackend:
         size = part.total if partial and part is not None else length(answer.headers)
         info = describe(key, answer.headers, coding, size, ranged=partial, whole=not partial)
         if pin is not None:
-            self._check_pin(key, info, pin, partial)
+            self._check_pin(key, info, pin, spliced=span is not None)
         if partial and coding:
             raise self._without_ranges(key)
         if partial and span is not None:
@@ -256,15 +262,25 @@ class HTTPBackend:
             chunks = cut(chunks, span, where)
         return Body(info, chunks, answer.close)
 
-    def _check_pin(self, key: str, info: ObjectInfo, pin: ObjectInfo, partial: bool) -> None:
+    def _check_pin(self, key: str, info: ObjectInfo, pin: ObjectInfo, *, spliced: bool) -> None:
+        """Refuse bytes of another version, and ``spliced`` ones that may be of another."""
         moved = pin.version is not None and info.modified not in (None, pin.modified)
         if moved or pin.differs_from(info):
             raise ObjectChangedError(
                 f"{self._where(key)} is no longer the version that was asked for"
             )
-        if partial and pin.pin is not None and info.pin != pin.pin:
-            # It may be the same content, but the server does not say so.
+        if pin.pin is None or info.pin == pin.pin:
+            return
+        # It may be the same content, but the server does not say so.
+        if spliced:
             raise self._without_ranges(key)
+        if info.modified is None or info.modified != pin.modified:
+            self._no_pins.add(key)
+            self._no_ranges.add(key)
+            raise ObjectChangedError(
+                f"{self._where(key)}: the server says of which version it is when asked for the "
+                "headers, and not when asked for the file; read it again, without that version"
+            )
 
     def _without_ranges(self, key: str) -> ObjectChangedError:
         """Remember that ranges of ``key`` cannot be relied on; the engine then begins anew."""

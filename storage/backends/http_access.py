@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -65,7 +66,13 @@ def _headers(url: str, origin: Origin, config: HTTPConfig | None) -> dict[str, s
     if config is not None:
         headers = {name: reveal(value) for name, value in config.headers.items()}
         if config.token is not None:
-            authorization = f"Bearer {reveal(config.token)}"
+            token = reveal(config.token)
+            if re.search(r"[\x00-\x20\x7f]", token):
+                raise ConfigurationError(
+                    f"{origin}: the token of its HTTPConfig holds a space or a line break, which "
+                    "no token does; give it alone"
+                )
+            authorization = f"Bearer {token}"
         elif config.username is not None:
             authorization = _basic(config.username, reveal(config.password) or "")
     if not headers and authorization is None:

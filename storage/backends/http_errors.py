@@ -156,6 +156,12 @@ def _classify(
             f"{where}: nobody answers at that address ({text}); check the host, the network "
             "and the proxy"
         )
+    if isinstance(chain[0], ValueError) and not isinstance(chain[0], OSError):
+        # Its text may repeat a header, which may be a credential.
+        return ConfigurationError(
+            f"{where}: the request cannot be sent: a header, the user or the password, or the "
+            "proxy's URL holds what HTTP does not allow, such as a line break"
+        )
     if names & {"ReadTimeoutError", "ReadTimeout"} or isinstance(chain[-1], TimeoutError):
         return TransientError(f"{where}: not a byte came for {stall_timeout:g} s")
     return TransientError(f"{where}: the connection broke ({text})")

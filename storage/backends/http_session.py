@@ -184,16 +184,18 @@ class Transport:
         access = self.access
         url = f"{access.origin}{target}"
         origin, trusted, slash_added = access.origin, True, False
-        jar = requests.cookies.RequestsCookieJar()
+        # One for each origin: by the rules of browsers a cookie is sent to all ports of a host.
+        jars: dict[Origin, requests.cookies.RequestsCookieJar] = {}
         for hop in range(access.max_redirects + 1):
+            jar = jars.setdefault(Origin.of(url), requests.cookies.RequestsCookieJar())
             response = self._send(method, url, headers, where, body, trusted, jar)
             location = response.headers.get("Location")
             if response.status_code not in _REDIRECTS or location is None:
                 return Answer(response, access, url, hop > 0, trusted, slash_added)
             Answer(response, access, url, True, trusted, False).discard()
-            if body is not None and response.status_code not in _SAME_METHOD:
+            if method not in ("GET", "HEAD") and response.status_code not in _SAME_METHOD:
                 raise StorageError(
-                    f"{where}: the upload was answered by a redirection "
+                    f"{where}: {method} was answered by a redirection "
                     f"({response.status_code}), which would turn it into a download: perhaps "
                     "to a page for logging in; check the credentials and the address"
                 )
@@ -262,12 +264,12 @@ class Transport:
                 proxies=dict(proxies),
             )
         except (*_FAILURES, ValueError) as exc:
-            if made is not None and made.error is not None:
-                raise made.error from None
             problem = failure(exc, where, access.stall_timeout)
         finally:
             if made is not None:
                 made.close()
+        if problem is not None and made is not None and made.error is not None:
+            raise made.error
         if problem is not None:
             raise problem[0] from problem[1]
         extract: Any = requests.cookies.extract_cookies_to_jar

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from storage.backends.base import Backend, Capabilities, OpenOptions
+from storage.backends.network import Network, with_timeouts
 from storage.errors import AuthenticationError, ConfigurationError, one_line
 
 if TYPE_CHECKING:
@@ -30,13 +31,7 @@ def open_backend(location: Location, config: S3Config | None, options: OpenOptio
     bucket = location.bucket
     uri = f"s3://{bucket}/"
     copy_limit = config.copy_part_limit if config is not None else _COPY_LIMIT
-    if config is not None:
-        options = OpenOptions(
-            options.connections,
-            config.connect_timeout or options.connect_timeout,
-            config.read_timeout or options.stall_timeout,
-            options.memory,
-        )
+    options = with_timeouts(options, config)
 
     def second() -> Backend:
         from storage.backends.s3_fsspec import S3FsspecBackend
@@ -73,22 +68,15 @@ def obstore_arguments(bucket: str, config: S3Config | None, options: OpenOptions
     Credentials always go through a provider: given as plain arguments they would be mixed
     with those of the environment (a session token of another account, for one).
     """
-    client: dict[str, Any] = {
-        "connect_timeout": timedelta(seconds=options.connect_timeout),
-        # The engine notices stalls; a time limit on the whole body would cut slow links.
-        "timeout": timedelta(days=1),
-        "read_timeout": timedelta(seconds=options.stall_timeout),
-        "pool_max_idle_per_host": str(options.connections),
-    }
+    endpoint = _endpoint(config)
     arguments: dict[str, Any] = {
-        "client_options": client,
-        # One call is one attempt; the transfer layer repeats.
-        "retry_config": {"max_retries": 0},
+        **_network(config).obstore_arguments(
+            options, allow_http=endpoint is not None and endpoint.startswith("http://")
+        ),
         "region": _region(config),
         "skip_signature": bool(config is not None and config.anonymous),
     }
     style = config.addressing_style if config is not None else "auto"
-    endpoint = _endpoint(config)
     if style == "auto":
         style = "path" if endpoint is not None or "." in bucket else "virtual"
     if endpoint is not None:
@@ -97,20 +85,11 @@ def obstore_arguments(bucket: str, config: S3Config | None, options: OpenOptions
             endpoint = f"{scheme}://{bucket}.{host}"
         # The second name wins over the first one, also when it comes from the environment.
         arguments["endpoint"] = arguments["aws_endpoint_url_s3"] = endpoint
-        client["allow_http"] = endpoint.startswith("http://")
     arguments["virtual_hosted_style_request"] = style == "virtual"
     if not arguments["skip_signature"]:
         arguments["credential_provider"] = _credential_provider(config)
-    if config is not None:
-        if config.requester_pays:
-            arguments["request_payer"] = True
-        if not config.verify_ssl:
-            client["allow_invalid_certificates"] = True
-        if config.proxy:
-            client["proxy_url"] = config.proxy.get_secret_value()
-    bundle = _ca_bundle(config)
-    if bundle is not None:
-        client["root_certificate"] = _read_bundle(bundle)
+    if config is not None and config.requester_pays:
+        arguments["request_payer"] = True
     return arguments
 
 
@@ -131,9 +110,11 @@ def s3fs_arguments(config: S3Config | None) -> dict[str, Any]:
     endpoint = _endpoint(config)
     if endpoint is not None:
         arguments["endpoint_url"] = endpoint
-    bundle = _ca_bundle(config)
-    if bundle is not None:
-        client["verify"] = bundle
+    network = _network(config)
+    if not network.verify:
+        client["verify"] = False
+    elif network.bundle is not None:
+        client["verify"] = network.bundle
     if config is None:
         return arguments
     if config.anonymous:
@@ -152,11 +133,8 @@ def s3fs_arguments(config: S3Config | None) -> dict[str, Any]:
         arguments["metadata_endpoint"] = config.metadata_endpoint
     if config.requester_pays:
         arguments["requester_pays"] = True
-    if not config.verify_ssl:
-        client["verify"] = False
-    if config.proxy:
-        proxy = config.proxy.get_secret_value()
-        botocore["proxies"] = {"http": proxy, "https": proxy}
+    if network.proxy is not None:
+        botocore["proxies"] = {"http": network.proxy, "https": network.proxy}
     s3: dict[str, Any] = {}
     if config.addressing_style != "auto":
         s3["addressing_style"] = config.addressing_style
@@ -192,23 +170,8 @@ def _endpoint(config: S3Config | None) -> str | None:
     return endpoint.rstrip("/")
 
 
-def _ca_bundle(config: S3Config | None) -> str | None:
-    if config is not None and config.ca_bundle is not None:
-        return str(config.ca_bundle)
-    for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
-        if path := os.environ.get(variable):
-            return path
-    return None
-
-
-def _read_bundle(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as exc:
-        raise ConfigurationError(
-            f"the CA bundle {path} cannot be read: {exc.strerror or exc}"
-        ) from exc
+def _network(config: S3Config | None) -> Network:
+    return Network.of(config, "AWS_CA_BUNDLE")
 
 
 def _credential_provider(config: S3Config | None) -> Callable[[], dict[str, Any]]:
@@ -288,11 +251,12 @@ class _BotocoreCredentials:
             request["ExternalId"] = config.external_id
         from botocore.config import Config
 
-        proxy = config.proxy.get_secret_value() if config.proxy is not None else None
+        network = _network(config)
+        proxy = network.proxy
         client = self._botocore_session().create_client(
             "sts",
             region_name=_region(config),
-            verify=_ca_bundle(config) if config.verify_ssl else False,
+            verify=network.bundle if network.verify else False,
             config=Config(proxies={"http": proxy, "https": proxy} if proxy else None),
         )
         answer = client.assume_role(**request)["Credentials"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from storage.backends.base import ByteRange, ObjectInfo, OpenOptions
 from storage.backends.hf import HubBackend, open_backend
@@ -64,7 +65,8 @@ def hub_backends(hub: Hub) -> Iterator[OpenHub]:
     opened: list[HubBackend] = []
 
     def make(uri: str = "hf://owner/m", **fields: str) -> HubBackend:
-        config = HFConfig(hub.writer.token, hub.url, **fields)  # type: ignore[arg-type]
+        chosen: dict[str, Any] = {"token": hub.writer.token, "endpoint": hub.url, **fields}
+        config = HFConfig(**chosen)
         opened.append(open_backend(parse_uri(uri), config, OpenOptions()))
         return opened[-1]
 

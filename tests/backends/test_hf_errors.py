@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,10 +20,12 @@ from storage.errors import (
     StorageError,
     TransferError,
     TransientError,
+    UnreachableError,
     UnsupportedOperation,
 )
 from storage.uri import parse_uri
 from tests.servers.hub import Answer, Hub, Repo, Request
+from tests.servers.process import free_port
 
 Open = Callable[..., Backend]
 WEIGHTS = b"weights" * 100_000
@@ -266,6 +269,45 @@ def test_no_message_holds_a_token_or_a_signature(hub: Hub, repo: Repo, open_hub:
         text = f"{error} {error!r} {error.args}"
         assert token not in text
         assert "X-Amz-Signature=" not in text
+
+
+def test_cause_of_an_error_holds_no_token_and_no_signature(
+    hub: Hub, repo: Repo, open_hub: Open
+) -> None:
+    backend = open_hub()
+    place = f"http://127.0.0.1:{free_port()}/a?X-Amz-Signature=s3cret"
+    hub.before = lambda request: Answer(302, {"Location": place, "X-Repo-Commit": "a" * 40})
+    with pytest.raises(UnreachableError) as caught:
+        read(backend, "a.bin")
+    error: BaseException | None = caught.value
+    assert "s3cret" not in "".join(traceback.format_exception(error))
+    while error is not None:
+        # A request that hangs on an exception brings its headers along.
+        assert not hasattr(error, "request")
+        error = error.__cause__ or error.__context__
+
+
+def test_public_hub_does_not_say_what_is_missing_to_those_without_a_name(
+    hub: Hub, repo: Repo, open_hub: Open
+) -> None:
+    hub.before = lambda request: Answer(401, {"X-Error-Message": "Invalid username or password."})
+    nameless = open_hub(token=None)
+    for call in (lambda: nameless.stat("a.txt"), lambda: list(nameless.list())):
+        with pytest.raises(BucketMissingError, match="private and no token was sent"):
+            call()
+    with pytest.raises(AuthenticationError, match=r"HFConfig\(token=…\)"):
+        nameless.write("b.txt", bytes_payload(b"1"))
+    with pytest.raises(AuthenticationError, match="refused the token"):
+        open_hub().stat("a.txt")
+
+
+def test_answer_without_an_end_is_not_kept_in_memory(
+    hub: Hub, repo: Repo, open_hub: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.backends.hf_session._MAX_ANSWER", 1000)
+    hub.before = lambda request: Answer(200, {"Content-Type": "application/json"}, b" " * 200_000)
+    with pytest.raises(StorageError, match="longer than any of a Hub"):
+        list(open_hub().list())
 
 
 def test_description_of_the_backend_shows_no_token(hub: Hub, open_hub: Open) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import pickle
 from collections.abc import Callable, Iterator
@@ -22,9 +23,11 @@ from storage.errors import (
     ObjectChangedError,
     StorageError,
     TransientError,
+    UnsupportedOperation,
 )
 from tests.backends.hf_support import OpenHub, hub_backends, read
 from tests.servers.hub import Answer, Hub, Repo, Request
+from tests.servers.odd_http import OddHTTP, Reply
 
 WEIGHTS = b"weights" * 1000
 
@@ -199,6 +202,47 @@ def test_part_is_cut_out_where_the_hub_sends_all_of_a_small_file(
     assert read(backend, "a.txt", ByteRange(1, 3)) == b"23"
     with pytest.raises(ObjectChangedError):
         read(backend, "a.txt", ByteRange(3, 6))
+
+
+@pytest.mark.parametrize("span", [None, ByteRange(0, 10), ByteRange(2000, 5000)])
+def test_compressed_body_is_never_taken_for_the_file(
+    hub: Hub, repo: Repo, open_hub: OpenHub, span: ByteRange | None
+) -> None:
+    commit = hub.put(repo, {"a.txt": b"text " * 1000})
+    backend = open_hub()
+    info = backend.stat("a.txt")
+    data = gzip.compress(b"text " * 1000)
+    told = {"X-Repo-Commit": commit.id, "ETag": str(info.etag), "X-Linked-Size": "5000"}
+    hub.before = lambda request: Answer(200, told | {"Content-Encoding": "gzip"}, data)
+    for pin in (None, info):
+        with pytest.raises(UnsupportedOperation, match="content coding 'gzip'"):
+            read(backend, "a.txt", span, pin)
+
+
+def test_body_without_a_length_is_checked_and_cut_all_the_same(
+    hub: Hub, repo: Repo, open_hub: OpenHub, odd_http: Callable[..., OddHTTP]
+) -> None:
+    data = b"text " * 1000
+    commit = hub.put(repo, {"a.txt": data})
+    info = open_hub().stat("a.txt")
+    told = {"X-Repo-Commit": commit.id, "ETag": str(info.etag)}
+    server = odd_http(lambda request: Reply(200, data, told, chunked=True))
+    backend = open_hub(endpoint=server.url)
+    assert read(backend, "a.txt", None, info) == data
+    assert read(backend, "a.txt", ByteRange(5, 9), info) == b"text"
+    server.handler = lambda request: Reply(200, b"T" + data[1:], told, chunked=True)
+    with pytest.raises(IntegrityError, match="git's id"):
+        read(backend, "a.txt", None, info)
+
+
+def test_part_of_a_file_of_another_size_is_refused(hub: Hub, repo: Repo, open_hub: OpenHub) -> None:
+    hub.put(repo, {"a.bin": WEIGHTS})
+    backend = open_hub()
+    info = backend.stat("a.bin")
+    page = Answer(200, {"Content-Type": "text/html"}, b"<h1>Your network</h1>" * 100)
+    hub.before = lambda request: page if request.origin == "cdn" else None
+    with pytest.raises(TransientError, match="a file of 7000 bytes was expected, one of 2100 came"):
+        read(backend, "a.bin", ByteRange(0, 10), info)
 
 
 def test_service_that_tells_the_sha1_of_the_bytes_is_understood(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import ssl
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,11 @@ from storage.errors import (
 )
 from storage.uri import parse_uri
 from tests.servers.hub import Answer, Hub, Repo, Request
+from tests.servers.odd_http import OddHTTP, Reply
 from tests.servers.process import free_port
 
 Open = Callable[[HFConfig | None], Backend]
+WEIGHTS = bytes_payload(b"weights of a model")
 
 
 @pytest.fixture
@@ -62,6 +67,17 @@ def sent_token(hub: Hub, backend: Backend) -> str | None:
         backend.stat("a.txt")
     [request] = hub.requests
     return request.token
+
+
+def every_call(backend: Backend) -> list[Callable[[], object]]:
+    return [
+        lambda: backend.stat("a.txt"),
+        lambda: list(backend.list()),
+        lambda: read(backend, "a.txt"),
+        lambda: backend.write("b", bytes_payload(b"1")),
+        lambda: backend.delete(["a.txt"]),
+        lambda: backend.copy("a.txt", "b.txt"),
+    ]
 
 
 # -- tokens --------------------------------------------------------------------------------------
@@ -121,6 +137,21 @@ def test_login_of_the_hubs_own_client_is_found(
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(path))
     monkeypatch.setenv("HF_TOKEN_PATH", str(path))
     assert sent_token(hub, open_hub(HFConfig(endpoint=hub.url))) == "hf_login"
+
+
+def test_token_of_the_config_may_have_space_around_it(hub: Hub, open_hub: Open) -> None:
+    assert sent_token(hub, open_hub(HFConfig(" hf_config \r\n", hub.url))) == "hf_config"
+
+
+def test_token_that_no_header_holds_is_an_error_that_does_not_show_it(
+    hub: Hub, repo: Repo, open_hub: Open
+) -> None:
+    backend = open_hub(HFConfig("hf_s3cret…", hub.url))
+    with pytest.raises(ConfigurationError) as caught:
+        backend.stat("a.txt")
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+    assert caught.value.__context__ is None
+    assert not hub.requests
 
 
 def test_anonymous_sends_no_token(
@@ -219,6 +250,59 @@ def test_token_does_not_follow_a_redirect_of_the_api(hub: Hub, repo: Repo, open_
         with pytest.raises(StorageError):
             call()
     assert not hub.leaks
+
+
+def test_token_does_not_go_to_a_host_that_looks_like_the_hub(
+    hub: Hub, repo: Repo, open_hub: Open, odd_http: Callable[..., OddHTTP]
+) -> None:
+    theirs = odd_http(lambda request: Reply(404))
+    backend = open_hub(HFConfig(hub.writer.token, hub.url))
+    host = hub.url.removeprefix("http://")
+    for location in (f"{theirs.url}\\@{host}/", f"{theirs.url}@{host}/", f"{theirs.url}\\.{host}"):
+        hub.before = lambda request, to=location: Answer(302, {"Location": to})
+        for call in every_call(backend):
+            with pytest.raises(StorageError):
+                call()
+    assert theirs.requests == []
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["file:///etc/passwd", "http://[::1", "http://host:port/", "http://host:99999/", "https:///a"],
+)
+def test_redirect_to_what_is_no_address_is_an_error_of_ours(
+    hub: Hub, repo: Repo, open_hub: Open, location: str
+) -> None:
+    backend = open_hub(HFConfig(hub.writer.token, hub.url))
+    hub.before = lambda request: Answer(302, {"Location": location})
+    for call in every_call(backend):
+        with pytest.raises(StorageError, match="not a plain URL"):
+            call()
+
+
+def test_https_is_not_left_for_http(
+    tls_hub: Hub, open_hub: Open, bundle: str, odd_http: Callable[..., OddHTTP]
+) -> None:
+    theirs = odd_http(lambda request: Reply(404))
+    backend = open_hub(HFConfig(tls_hub.writer.token, tls_hub.url, ca_bundle=bundle))
+    tls_hub.cdn = theirs.url
+    for call in (lambda: read(backend, "a.bin"), lambda: backend.write("b.bin", WEIGHTS)):
+        with pytest.raises(StorageError, match="from https to http") as caught:
+            call()
+        assert "X-Amz-Signature" not in str(caught.value)
+    assert theirs.requests == []
+
+
+def test_log_holds_no_signature_and_no_token(
+    hub: Hub, repo: Repo, open_hub: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        backend = open_hub(HFConfig(hub.writer.token, hub.url))
+        read(backend, "a.bin")
+        backend.write("b.bin", bytes_payload(b"1"))
+    assert "/files/" in caplog.text
+    assert "X-Amz-Signature" not in caplog.text
+    assert hub.writer.token not in caplog.text
 
 
 def test_pages_that_name_the_public_hub_are_fetched_from_the_endpoint(
@@ -346,6 +430,27 @@ def test_unknown_authority_is_no_passing_failure(tls_hub: Hub, open_hub: Open) -
         open_hub(HFConfig(endpoint=tls_hub.url, ca_bundle="/no/such/ca.pem")).stat("a.txt")
 
 
+def test_handshake_that_breaks_off_is_worth_another_try(open_hub: Open) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            connection, _ = server.accept()
+            connection.recv(64 * 1024)
+            connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(TransientError):
+            open_hub(HFConfig(endpoint=url)).stat("a.txt")
+        thread.join()
+
+
+def test_port_without_tls_is_named_as_such(hub: Hub, open_hub: Open) -> None:
+    with pytest.raises(ConfigurationError, match="no TLS"):
+        open_hub(HFConfig(endpoint=hub.url.replace("http:", "https:"))).stat("a.txt")
+
+
 def test_hub_that_says_nothing_is_given_up(hub: Hub, repo: Repo, open_hub: Open) -> None:
     release = threading.Event()
 
@@ -366,14 +471,7 @@ def test_hub_is_not_asked_when_it_is_switched_off(
 ) -> None:
     backend = open_hub(HFConfig(hub.writer.token, hub.url))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    calls: list[Callable[[], object]] = [
-        lambda: backend.stat("a.txt"),
-        lambda: list(backend.list()),
-        lambda: read(backend, "a.txt"),
-        lambda: backend.write("b", bytes_payload(b"1")),
-        lambda: backend.delete(["a.txt"]),
-    ]
-    for call in calls:
+    for call in [*every_call(backend), backend.filesystem]:
         with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
             call()
     assert not hub.requests

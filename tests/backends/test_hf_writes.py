@@ -308,7 +308,9 @@ def test_repeat_of_a_commit_whose_answer_was_lost_is_no_second_commit(
     assert repo.head() is head
 
 
-@pytest.mark.parametrize("key", ["a/.git/b", ".GIT/config", "a//b", "./a", "a/..", "a/", "/a"])
+@pytest.mark.parametrize(
+    "key", ["a/.git/b", ".GIT/config", "a//b", "./a", "a/..", "a/", "/a", "a\udcff"]
+)
 def test_key_that_git_cannot_hold_is_refused_before_anything_is_sent(
     hub: Hub, open_hub: OpenHub, key: str
 ) -> None:

@@ -80,6 +80,17 @@ def test_config_is_sent_with_every_request(
             assert request.headers.get_all(name) == [value]
 
 
+@pytest.mark.parametrize("token", [f"{CANARY}\nmore", f"X {CANARY}", f"{CANARY}\r\nX-Own: 1"])
+def test_token_that_is_none_is_neither_sent_nor_shown(
+    odd_http: Callable[..., OddHTTP], out: Path, token: str
+) -> None:
+    server = odd_http(StaticFile(DATA))
+    with pytest.raises(ConfigurationError, match="the token") as caught:
+        Storage.download(f"{server.url}/m.bin", out, config=HTTPConfig(token=token))
+    assert quiet(caught.value)
+    assert server.requests == []
+
+
 def test_user_in_the_url_is_sent_as_basic_authentication(
     odd_http: Callable[..., OddHTTP], out: Path
 ) -> None:

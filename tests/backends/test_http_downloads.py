@@ -16,6 +16,7 @@ from storage.client import StorageClient
 from storage.config import HTTPConfig
 from storage.errors import (
     IntegrityError,
+    ObjectChangedError,
     TransferError,
 )
 from storage.testing.conformance_support import content
@@ -290,6 +291,68 @@ def test_parts_without_an_identity_are_not_put_together(
     server = odd_http(handler)
     assert fetched(client, f"{server.url}/m.bin", tmp_path) == DATA
     assert server.asked("GET")[-1].span is None
+
+
+@pytest.mark.parametrize("part_size", [PART, 2 * SIZE], ids=["parts", "stream"])
+def test_whole_body_without_an_identity_is_not_put_after_a_part(
+    odd_http: Callable[..., OddHTTP], tmp_path: Path, part_size: int
+) -> None:
+    new = content(SIZE, 1)
+    file = StaticFile(DATA, cuts=[PART])
+    other = StaticFile(new, etag=None, ranges=False, conditions=False)
+    cut = threading.Event()
+
+    def handler(request: Request) -> Reply:
+        # Another machine behind the same address: it has a newer file, and no ETag, no ranges.
+        if request.method == "GET" and cut.is_set():
+            return other(request)
+        if request.method == "GET":
+            cut.set()
+        return file(request)
+
+    with fast_client(part_size=part_size) as client:
+        assert fetched(client, f"{odd_http(handler).url}/m.bin", tmp_path) == new
+
+
+def test_opened_file_is_not_read_on_in_a_body_without_an_identity(
+    odd_http: Callable[..., OddHTTP], client: StorageClient
+) -> None:
+    file = StaticFile(DATA, ranges=False)
+    server = odd_http(file)
+    with client.open(f"{server.url}/m.bin") as opened:
+        opened.seek(SIZE // 2)
+        assert opened.read(7) == DATA[SIZE // 2 :][:7]
+        server.handler = StaticFile(content(SIZE, 1), etag=None, ranges=False, conditions=False)
+        opened.seek(0)
+        with pytest.raises(ObjectChangedError):
+            opened.read()
+
+
+def test_identity_that_only_head_tells_is_none(
+    odd_http: Callable[..., OddHTTP], client: StorageClient, tmp_path: Path
+) -> None:
+    silent = StaticFile(DATA, etag=None, conditions=False)
+    told = StaticFile(DATA)
+    server = odd_http(lambda one: told(one) if one.method == "HEAD" else silent(one))
+    assert fetched(client, f"{server.url}/m.bin", tmp_path) == DATA
+    last = server.asked("GET")[-1]
+    assert (last.span, last.headers["If-Match"]) == (None, None)
+
+
+def test_range_that_is_not_there_any_more_means_another_file(
+    odd_http: Callable[..., OddHTTP], client: StorageClient, tmp_path: Path
+) -> None:
+    new = DATA[:PART]
+    file = StaticFile(DATA)
+    seen = iter(range(1000))
+
+    def handler(request: Request) -> Reply:
+        if request.method == "GET" and next(seen) == 3:
+            file.data, file.conditions, file.etag = new, False, None
+        reply = file(request)
+        return Reply(416) if reply.status == 416 else reply
+
+    assert fetched(client, f"{odd_http(handler).url}/m.bin", tmp_path) == new
 
 
 @pytest.mark.parametrize("size", [SIZE, 20 * 1024 * 1024], ids=["small", "large"])

@@ -170,13 +170,26 @@ def test_url_is_sent_as_it_is_written(
 
 
 @pytest.mark.parametrize(
-    "path", ["models/iris", "models/iri", "models/iris/", "models", "none/at/all", ""]
+    ("path", "kind"),
+    [
+        ("models/iris", ModelMissingError),
+        ("models/iri", ModelMissingError),
+        ("models", ModelMissingError),
+        ("none/at/all", ModelMissingError),
+        # Nothing but a tree can be meant.
+        ("models/iris/", UnsupportedOperation),
+        ("", UnsupportedOperation),
+    ],
 )
-def test_folder_and_nothing_are_missing(
-    nginx: NginxHTTP, client: StorageClient, tmp_path: Path, path: str
+def test_folder_and_nothing_are_no_file(
+    nginx: NginxHTTP,
+    client: StorageClient,
+    tmp_path: Path,
+    path: str,
+    kind: type[StorageError],
 ) -> None:
     put_file(nginx.data, "models/iris/model.bin", b"1")
-    with pytest.raises(ModelMissingError):
+    with pytest.raises(kind):
         client.download(f"{nginx.endpoint}/{path}", tmp_path / "out")
 
 

@@ -133,6 +133,17 @@ def test_cookies_last_for_one_chain_and_stay_on_their_host(
     assert all("Cookie" not in one.headers for one in theirs.requests)
 
 
+def test_cookies_do_not_go_to_another_port(odd_http: Callable[..., OddHTTP], out: Path) -> None:
+    theirs = odd_http(StaticFile(DATA))
+    ours = odd_http(
+        lambda one: Reply(
+            302, headers={"Location": f"{theirs.url}/m.bin", "Set-Cookie": "seen=1; Path=/"}
+        )
+    )
+    Storage.download(f"{ours.url}/m.bin", out)
+    assert [one.headers.get("Cookie") for one in theirs.requests] == [None, None]
+
+
 def test_refusal_after_a_redirection_says_that_nothing_was_sent(
     odd_http: Callable[..., OddHTTP], out: Path
 ) -> None:

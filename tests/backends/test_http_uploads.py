@@ -196,14 +196,33 @@ def test_delete_of_a_folder_is_no_delete(
     odd_http: Callable[..., OddHTTP], nginx: NginxHTTP
 ) -> None:
     put_file(nginx.data, "models/iris/model.bin", b"1")
-    for url in (f"{nginx.endpoint}/models", f"{nginx.endpoint}/models/"):
-        with pytest.raises(ModelMissingError):
-            StorageOperations.delete_object(url, recursive=True)
+    for path, kind in (("models", ModelMissingError), ("models/", UnsupportedOperation)):
+        with pytest.raises(kind):
+            StorageOperations.delete_object(f"{nginx.endpoint}/{path}", recursive=True)
     assert FolderRaw(nginx.data).keys() == {"models/iris/model.bin"}
     file = StaticFile(b"1")
     server = odd_http(lambda one: Reply(204) if one.method == "DELETE" else file(one))
     assert StorageOperations.delete_object(f"{server.url}/m.bin")
     assert [one.headers["Depth"] for one in server.asked("DELETE")] == ["0"]
+
+
+def test_delete_that_is_redirected_to_a_page_deleted_nothing(
+    odd_http: Callable[..., OddHTTP],
+) -> None:
+    file = StaticFile(b"1")
+    page = {"Content-Type": "text/html"}
+
+    def handler(request: Request) -> Reply:
+        if request.path == "/login":
+            return Reply(200, b"<h1>Log in</h1>", page)
+        if request.method == "DELETE":
+            return Reply(302, headers={"Location": "/login"})
+        return file(request)
+
+    server = odd_http(handler)
+    with pytest.raises(StorageError, match="DELETE was answered by a redirection"):
+        StorageOperations.delete_object(f"{server.url}/m.bin")
+    assert [one.path for one in server.asked("DELETE")] == ["/m.bin"]
 
 
 @pytest.mark.parametrize("status", [405, 501])

@@ -207,7 +207,7 @@ class Copy(Contestant):
 
     def command(self, job: Job, tools: Toolbox, server: Server, home: Path) -> Command:
         # Its bytes, as every download has to write them; not a second name for the same blocks.
-        argv = ["cp", "--reflink=never", f"{job.source}", f"{job.path}"]
+        argv = [str(shutil.which("cp")), "--reflink=never", f"{job.source}", f"{job.path}"]
         return Command(argv, tools.environment(home))
 
 
