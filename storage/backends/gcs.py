@@ -91,7 +91,11 @@ def obstore_arguments(
         "base_url": endpoint,
         "skip_signature": _anonymous(config),
     }
-    if not _anonymous(config):
+    if _anonymous(config):
+        # Never asked. Without one obstore reads the files that the environment names, and fails
+        # on those of federation.
+        arguments["credential_provider"] = _nobody
+    else:
         arguments["credential_provider"] = _Provider(
             tokens() if tokens else _tokens(config, options)
         )
@@ -211,6 +215,10 @@ def _tokens(config: GCSConfig | None, options: OpenOptions) -> TokenSource:
         verify=_ca_bundle(config) if config.verify_ssl else False,
         timeout=options.stall_timeout,
     )
+
+
+def _nobody() -> dict[str, str | datetime | None]:
+    return {"token": "", "expires_at": None}
 
 
 class _Provider:

@@ -6,8 +6,9 @@ import base64
 import binascii
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "from_code",
     "info_of_headers",
     "info_of_resource",
+    "said",
     "translated",
 ]
 
@@ -78,9 +80,27 @@ _NAMES: dict[str, Kind] = {
     "builtins.ValueError": ConfigurationError,
 }
 _XML = {name: re.compile(rf"<{name}>([^<]*)</{name}>") for name in ("Code", "Message", "Details")}
+_LONGEST_PROBLEM = 64 * 1024
 # What the JSON API says in words only.
 _NO_BUCKET = re.compile(r"\bbucket does not exist\b", re.IGNORECASE)
 _WITHOUT_PROJECT = re.compile(r"\brequester pays\b", re.IGNORECASE)
+
+
+def said(where: str, body: bytes) -> dict[str, Any]:
+    """Return the JSON object that a success of the JSON API consists of.
+
+    Raises:
+        TransientError: it is something else, as of a proxy that answers in the store's name.
+    """
+    found = None
+    with suppress(ValueError):
+        found = json.loads(body)
+    if not isinstance(found, dict):
+        raise TransientError(
+            f"{where}: a JSON object was expected of the store, {len(body)} bytes of something "
+            "else came; check the endpoint and the proxy"
+        )
+    return found
 
 
 @contextmanager
@@ -106,6 +126,11 @@ def from_answer(
         body: of the answer.
         missing: what a 404 means that does not say what is missing.
     """
+    known = {name.lower(): value for name, value in headers.items()}
+    if known.get("content-encoding") == "gzip":
+        # Reads ask for it, and a proxy may take them at their word.
+        with suppress(zlib.error):
+            body = zlib.decompressobj(31).decompress(body, _LONGEST_PROBLEM)
     text = body.decode(errors="replace")
     code = message = ""
     try:
@@ -116,7 +141,6 @@ def from_answer(
             match.group(1) if (match := pattern.search(text)) else "" for pattern in _XML.values()
         )
         message = f"{message} {details}".strip()
-    known = {name.lower(): value for name, value in headers.items()}
     return from_code(where, code, status, message, known, missing)
 
 

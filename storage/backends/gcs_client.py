@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -13,7 +12,7 @@ from storage.backends.fsspec_driver import FsspecBackend
 from storage.backends.fsspec_errors import Kind
 from storage.backends.fsspec_parts import run
 from storage.backends.fsspec_streams import Watched
-from storage.backends.gcs_answers import from_answer, translated
+from storage.backends.gcs_answers import from_answer, said, translated
 from storage.backends.gcs_sign import Signer
 from storage.backends.gcs_upload import Answer
 from storage.errors import (
@@ -166,8 +165,7 @@ class GcsClient(FsspecBackend):
             answer = run(self._shared(), self._answer(method, path, query, **arguments))
             if answer.status >= 300:
                 raise from_answer(where, answer.status, answer.headers, answer.body, missing)
-            found = json.loads(answer.body) if answer.body else {}
-        return found if isinstance(found, dict) else {}
+            return said(where, answer.body)
 
     def _object(self, key: str, bucket: str | None = None) -> str:
         return f"/storage/v1/b/{quoted(bucket or self._bucket)}/o/{quoted(key)}"

@@ -10,11 +10,13 @@ API. ``filesystem()`` gives the plain ``gcsfs.GCSFileSystem``.
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from storage.backends.base import (
     Body,
@@ -30,10 +32,12 @@ from storage.backends.gcs_answers import (
     from_answer,
     info_of_headers,
     info_of_resource,
+    said,
     translated,
 )
 from storage.backends.gcs_client import GcsClient, lower_names, quoted
 from storage.backends.gcs_upload import Answer, ResumableUpload, chunk_size
+from storage.backends.obstore_errors import fits_header
 from storage.errors import (
     BucketMissingError,
     InvalidInput,
@@ -41,16 +45,17 @@ from storage.errors import (
     ObjectChangedError,
     ObjectExistsError,
     StorageError,
+    TransientError,
     UnsupportedOperation,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["GcsFsspecBackend"]
 
 _SINGLE_REQUEST_LIMIT = 8 * MIB
 _PAGE = 1000
+# An object that moves to another place is rewritten by so many bytes at a time; the store would
+# otherwise go on for as long as a request may stay without an answer.
+_STEP = 256 * MIB
 _FIELDS = "nextPageToken,items(name,size,generation,updated,contentType,md5Hash,metadata)"
 
 
@@ -75,7 +80,10 @@ class GcsFsspecBackend(GcsClient):
         if version is not None and not (version.isascii() and version.isdigit()):
             raise ModelMissingError(where, f"no generation {version!r} of {where}: it is a number")
         query = {"generation": version} if version is not None else {}
-        info = info_of_resource(key, self._call(where, "GET", self._object(key, bucket), query))
+        resource = self._call(where, "GET", self._object(key, bucket), query)
+        if "size" not in resource:
+            raise TransientError(f"{where}: the store describes it without its size")
+        info = info_of_resource(key, resource)
         if info.size == 0 and key.endswith("/"):
             raise ModelMissingError(where)
         if version is not None and info.version != version:
@@ -144,8 +152,8 @@ class GcsFsspecBackend(GcsClient):
             known = lower_names(response.headers)
             if response.status not in (200, 206):
                 with translated(where):
-                    said = run(fs, response.content.read(16 * 1024))
-                raise from_answer(where, response.status, known, said, ModelMissingError)
+                    problem = run(fs, response.content.read(16 * 1024))
+                raise from_answer(where, response.status, known, problem, ModelMissingError)
             size, length = extent(
                 where, span, _number(known.get("content-length")), known.get("content-range")
             )
@@ -192,6 +200,8 @@ class GcsFsspecBackend(GcsClient):
         self._check_key(key)
         resource: dict[str, Any] = {"name": key, "metadata": dict(metadata or {})}
         resource["contentType"] = content_type or "application/octet-stream"
+        if not fits_header("Content-Type", resource["contentType"]):
+            raise InvalidInput(f"{self.where(key)}: {content_type!r} cannot be a content type")
         query = self._condition(key, if_absent, if_match)
         try:
             answer, size = self._send_payload(payload, resource, query, on_bytes)
@@ -202,6 +212,11 @@ class GcsFsspecBackend(GcsClient):
                 f"{self.where(key)} exists already and is not to be overwritten"
             ) from exc
         info = info_of_resource(key, answer)
+        if info.size != size:
+            raise TransientError(
+                f"{self.where(key)}: {size} bytes were sent and the store says that it has "
+                f"{answer.get('size')}; what it has is not to be used"
+            )
         return ObjectInfo(key, size, version=info.version, digests=info.digests)
 
     def _condition(self, key: str, if_absent: bool, if_match: ObjectInfo | None) -> dict[str, str]:
@@ -272,11 +287,14 @@ class GcsFsspecBackend(GcsClient):
     def _put(
         self, where: str, data: bytes, resource: dict[str, Any], query: dict[str, str]
     ) -> dict[str, Any]:
+        # The store refuses bytes that were damaged on their way.
+        md5 = hashlib.md5(data, usedforsecurity=False).digest()
+        described = {**resource, "md5Hash": base64.b64encode(md5).decode()}
         boundary = secrets.token_hex(16)
         body = b"".join(
             (
                 f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n".encode(),
-                json.dumps(resource).encode(),
+                json.dumps(described).encode(),
                 f"\r\n--{boundary}\r\nContent-Type: {resource['contentType']}\r\n\r\n".encode(),
                 data,
                 f"\r\n--{boundary}--\r\n".encode(),
@@ -290,8 +308,7 @@ class GcsFsspecBackend(GcsClient):
             {"uploadType": "multipart", **query},
             {"Content-Type": f"multipart/related; boundary={boundary}"},
         )
-        found: dict[str, Any] = json.loads(answer.body)
-        return found
+        return said(where, answer.body)
 
     def _uploads(self) -> str:
         return f"/upload/storage/v1/b/{quoted(self._bucket)}/o"
@@ -334,11 +351,22 @@ class GcsFsspecBackend(GcsClient):
         if (bucket, source) == (self._bucket, key) and version is None:
             return
         path = f"{self._object(source, bucket)}/rewriteTo/b/{quoted(self._bucket)}/o/{quoted(key)}"
-        query = {"sourceGeneration": info.version} if info.version is not None else {}
+        query = {"maxBytesRewrittenPerCall": str(_STEP)}
+        if info.version is not None:
+            query["sourceGeneration"] = info.version
         where = f"gs://{bucket}/{source}"
         # A large object, or one on its way elsewhere, is copied in several steps.
-        while not (answer := self._call(where, "POST", path, query)).get("done", True):
-            query["rewriteToken"] = answer["rewriteToken"]
+        try:
+            while (answer := self._call(where, "POST", path, query)).get("done") is not True:
+                if not answer.get("rewriteToken"):
+                    raise TransientError(f"{where}: the store does not tell how the copy goes on")
+                query["rewriteToken"] = answer["rewriteToken"]
+        except ModelMissingError as exc:
+            if type(exc) is ModelMissingError and version is None:
+                # The bucket keeps no versions, and this one has been replaced meanwhile.
+                self._stat_in(bucket, source, None)
+                raise TransientError(f"{where} was replaced while it was being copied") from exc
+            raise
 
     def delete(self, keys: Sequence[str]) -> None:
         """See :meth:`Backend.delete`. Several at once."""

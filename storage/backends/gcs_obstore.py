@@ -21,6 +21,7 @@ from storage.backends.base import (
 from storage.backends.gcs_answers import from_code
 from storage.backends.gcs_sign import Signer
 from storage.backends.obstore_driver import ObstoreBackend
+from storage.backends.obstore_errors import fits_header
 from storage.errors import (
     ConfigurationError,
     InvalidInput,
@@ -83,6 +84,7 @@ class GcsObstoreBackend(ObstoreBackend):
         return replace(self._capabilities, sign=self._signer.usable)
 
     def _reader(self) -> Any:
+        self._store()  # which keeps in mind that this process, and no child of it, uses obstore
         # Or an object stored in gzip's encoding would be sent decoded, and without ranges.
         with self._reader_lock:
             opened = self._reader_opened
@@ -110,7 +112,7 @@ class GcsObstoreBackend(ObstoreBackend):
         try:
             return super().stat(key, version)
         except TransientError as exc:
-            if not _is_about_metadata(exc):
+            if not _is_beyond_obstore(exc):
                 raise
         return self._second().stat(key, version)
 
@@ -119,7 +121,7 @@ class GcsObstoreBackend(ObstoreBackend):
         try:
             body = super().read(key, span, pin)
         except TransientError as exc:
-            if not _is_about_metadata(exc):
+            if not _is_beyond_obstore(exc):
                 raise
             return self._second().read(key, span, pin)
         except ModelMissingError as exc:
@@ -153,8 +155,11 @@ class GcsObstoreBackend(ObstoreBackend):
         """See :meth:`Backend.write`."""
         # A listing tells no generation, and the conditions of writes are about that alone.
         nameless = if_match is not None and if_match.version is None
-        # Headers hold ASCII; the other API has no headers for it.
-        foreign = not all(text.isascii() for pair in (metadata or {}).items() for text in pair)
+        # Headers hold plain ASCII; the other API has no headers for it.
+        foreign = not all(
+            f"{name}{value}".isascii() and fits_header(name, value)
+            for name, value in (metadata or {}).items()
+        )
         awkward = self._reads_only or nameless or foreign
         write = self._second().write if awkward else super().write
         return write(
@@ -201,9 +206,10 @@ class GcsObstoreBackend(ObstoreBackend):
         super().close()
 
 
-def _is_about_metadata(exc: TransientError) -> bool:
-    """Tell whether obstore stumbled over user metadata that is not ASCII."""
-    return "Metadata value for" in str(exc.__cause__)
+def _is_beyond_obstore(exc: TransientError) -> bool:
+    """Tell whether obstore stumbled over metadata that is not ASCII, or a packed error."""
+    said = str(exc.__cause__)
+    return "Metadata value for" in said or "invalid utf-8 sequence" in said
 
 
 def _make_store(bucket: str, arguments: dict[str, Any]) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from storage.backends.gcs_answers import said
 from storage.errors import StorageError, TransientError, one_line
 
 __all__ = ["Answer", "ResumableUpload", "chunk_size"]
@@ -105,7 +105,7 @@ class ResumableUpload:
                 if not last:
                     break
                 self._sent = end
-                self.answer = json.loads(answer.body)
+                self.answer = said(self._where, answer.body)
                 return
             kept = _kept(answer)
             if kept == end and not last:

@@ -7,7 +7,7 @@ text is read; but only its debug form, in which names and bodies are quoted and 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from storage.errors import (
@@ -24,7 +24,7 @@ from storage.errors import (
     one_line,
 )
 
-__all__ = ["Classify", "translated"]
+__all__ = ["Classify", "check_headers", "fits_header", "translated"]
 
 # Both are read from the debug form of an error, where names and bodies are quoted and escaped:
 # a key cannot pretend to be a status.
@@ -35,6 +35,26 @@ _MESSAGE = re.compile(r"<Message>([^<]*)</Message>|\"message\":\s*\"([^\"]*)\"")
 
 Classify = Callable[[str, str, int, str], StorageError]
 """Says what an error answer means: (URI, error code or "", HTTP status, message) → error."""
+
+
+def fits_header(name: str, value: str) -> bool:
+    """Tell whether a header can hold this without a change."""
+    plain = value == value.strip() and not re.search(r"[\x00-\x1f\x7f]", value)
+    return plain and re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) is not None
+
+
+def check_headers(where: str, attributes: Mapping[str, str]) -> None:
+    """Raise ``InvalidInput`` for what no header can hold.
+
+    obstore would panic, and a panic goes past every handler of exceptions.
+    """
+    for name, value in attributes.items():
+        if not fits_header(name, value):
+            raise InvalidInput(
+                f"{where}: {name!r} with the value {value!r} cannot be kept with it; a name is of "
+                "letters, digits and -_., a value has no control characters and no spaces at "
+                "its ends"
+            )
 
 
 @contextmanager

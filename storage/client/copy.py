@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from storage.backends.base import BatchBackend, ObjectInfo
 from storage.digest import Digest
-from storage.errors import InvalidInput, UnsupportedOperation
+from storage.errors import InvalidInput, ObjectChangedError, UnsupportedOperation
 from storage.transfer.copy import Source, stream_copy
 from storage.transfer.engine import run_tasks
 from storage.transfer.progress import Meter, ProgressCallback
@@ -22,6 +23,8 @@ __all__ = ["Copy"]
 
 # Above this a backend sends parts in parallel by itself, within the memory for one transfer.
 _LARGE = 8 * 1024 * 1024
+# How often an object is begun again that was replaced while it was being read.
+_RESTARTS = 3
 
 
 class Copy:
@@ -70,7 +73,9 @@ class Copy:
                 "it with the digest, and upload what arrived"
             )
         pairs = [(info, self._key_of(info, is_tree)) for info in found]
-        if self._origin is self._backend and any(info.key == key for info, key in pairs):
+        # An old version may become the newest again.
+        same = self._origin is self._backend and source.version == self._target.version
+        if same and any(info.key == key for info, key in pairs):
             raise InvalidInput(f"{source} cannot be copied onto itself")
         sizes = [info.size for info in found]
         total = None if None in sizes else sum(size or 0 for size in sizes)
@@ -105,14 +110,21 @@ class Copy:
 
     def _copy(self, info: ObjectInfo, key: str, meter: Meter, _: threading.Event) -> None:
         if not (self._by_store and self._copied_by_store(info, key, meter)):
-            stream_copy(
-                self._read(info),
-                self._backend,
-                key,
-                options=self._client.transfer_options,
-                meter=meter,
-            )
+            self._streamed(info, key, meter)
         meter.add_object()
+
+    def _streamed(self, info: ObjectInfo, key: str, meter: Meter) -> None:
+        options = self._client.transfer_options
+        for again in range(_RESTARTS, -1, -1):
+            try:
+                stream_copy(self._read(info), self._backend, key, options=options, meter=meter)
+            except ObjectChangedError:
+                if not again or self._source.version is not None:
+                    raise
+                # Replaced midway: what is there now is as good, from its beginning.
+                info = replace(info, version=None)
+            else:
+                return
 
     def _copied_by_store(self, info: ObjectInfo, key: str, meter: Meter) -> bool:
         version = self._source.version
@@ -147,4 +159,5 @@ class Copy:
             where=str(self._source),
             retry=self._client.transfer_options.retry,
             expected=self._expected,
+            pinned=self._source.version is not None,
         )

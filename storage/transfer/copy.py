@@ -8,7 +8,7 @@ from functools import partial
 
 from storage.backends.base import Backend, BatchItem, Body, Buffer, ObjectInfo, Payload
 from storage.digest import Digest, MultiHasher
-from storage.errors import IntegrityError
+from storage.errors import AuthenticationError, IntegrityError, ModelMissingError
 from storage.transfer.engine import TransferOptions
 from storage.transfer.progress import Meter
 from storage.transfer.reader import open_reader
@@ -35,6 +35,7 @@ class Source:
         where: str,
         retry: RetryPolicy,
         expected: Digest | None = None,
+        pinned: bool = False,
     ) -> None:
         """Look at the object once more: a listing does not tell all of it.
 
@@ -44,8 +45,16 @@ class Source:
             where: its URI, for messages.
             retry: how to repeat what fails.
             expected: digest that it must have.
+            pinned: whether the version of ``info``, and no other, is wanted.
         """
-        self.info = retry.run(partial(origin.stat, info.key, info.version))
+        try:
+            self.info = retry.run(partial(origin.stat, info.key, info.version))
+        except (AuthenticationError, ModelMissingError):
+            # To name a version may take a permission of its own, and where no versions are kept
+            # the one that was listed may have been replaced.
+            if pinned or info.version is None:
+                raise
+            self.info = retry.run(partial(origin.stat, info.key))
         self._origin = origin
         self._where = where
         self._retry = retry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mimetypes
 import os
 import stat
@@ -11,9 +12,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-from storage.backends.base import Backend, BatchBackend, BatchItem, ObjectInfo, file_payload
+from storage.backends.base import Backend, BatchBackend, BatchItem, ObjectInfo, Payload
 from storage.digest import hash_file
-from storage.errors import DestinationError, IntegrityError, InvalidInput
+from storage.errors import (
+    DestinationError,
+    IntegrityError,
+    InvalidInput,
+    ModelMissingError,
+    ObjectExistsError,
+    TransientError,
+)
 from storage.transfer.engine import Budget, TransferOptions, run_tasks
 from storage.transfer.plan import Patterns
 from storage.transfer.progress import Meter
@@ -115,7 +123,8 @@ def upload(
 
     Raises:
         ObjectExistsError: ``if_absent`` and a key is there.
-        IntegrityError: a file changed while it was being read; its object is removed again.
+        IntegrityError: a file changed while it was being read; nothing is stored, or its object
+            is removed again.
         TransferError: retries are spent.
     """
     if backend.capabilities.batch_write:
@@ -144,22 +153,47 @@ def _send(
     if_absent: bool,
 ) -> ObjectInfo:
     item = _item(backend, file, key)
+    unanswered = False
 
     def attempt() -> ObjectInfo:
-        with meter.attempt() as count:
-            return backend.write(
-                key,
-                item.payload,
-                metadata=item.metadata,
-                content_type=item.content_type,
-                if_absent=if_absent,
-                on_bytes=count,
-            )
+        nonlocal unanswered
+        try:
+            with meter.attempt() as count:
+                return backend.write(
+                    key,
+                    item.payload,
+                    metadata=item.metadata,
+                    content_type=item.content_type,
+                    if_absent=if_absent,
+                    on_bytes=count,
+                )
+        except TransientError:
+            unanswered = True
+            raise
+        except ObjectExistsError:
+            # An earlier try may have done it, and only its answer was lost.
+            info = _already(backend, item) if unanswered else None
+            if info is None:
+                raise
+            meter.add_present(file.size)
+            return info
 
     info = options.retry.run(attempt)
     _check_unchanged(backend, file, key, info)
     meter.add_object()
     return info
+
+
+def _already(backend: Backend, item: BatchItem) -> ObjectInfo | None:
+    """Return what is stored if it is just what ``item`` says, by its digests."""
+    if not item.metadata:
+        return None
+    try:
+        info = backend.stat(item.key)
+    except ModelMissingError:
+        return None
+    same = info.size == item.payload.size and item.metadata.items() <= info.metadata.items()
+    return info if same else None
 
 
 def _send_all(
@@ -193,7 +227,42 @@ def _item(backend: Backend, file: SourceFile, key: str) -> BatchItem:
     except OSError as exc:
         raise DestinationError(f"{file.local} cannot be read: {exc.strerror}") from exc
     content_type = mimetypes.guess_type(file.path)[0] or "application/octet-stream"
-    return BatchItem(key, file_payload(file.local, file.size), metadata, content_type)
+    payload = Payload(lambda: io.BufferedReader(_Steady(file)), file.size)
+    return BatchItem(key, payload, metadata, content_type)
+
+
+class _Steady(io.FileIO):
+    """A file that raises instead of ending if it was changed since it was looked at.
+
+    The writer must not see the end of bytes that nobody has hashed.
+    """
+
+    def __init__(self, file: SourceFile) -> None:
+        super().__init__(file.local)
+        self._file = file
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        count = super().readinto(buffer)
+        if not count or self.tell() >= self._file.size:
+            self._check()
+        return count or 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(-1 if size is None else size) or b""
+        if not data or self.tell() >= self._file.size:
+            self._check()
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def _check(self) -> None:
+        status = os.fstat(self.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self._file.size, self._file.mtime_ns):
+            raise IntegrityError(
+                f"{self._file.local} changed while it was being uploaded; nothing was stored; "
+                "upload it when its writer is done"
+            )
 
 
 def _check_unchanged(backend: Backend, file: SourceFile, key: str, info: ObjectInfo) -> None:

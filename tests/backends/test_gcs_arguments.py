@@ -76,7 +76,7 @@ def test_plain_http_only_if_the_endpoint_says_so(url: str, plain: bool) -> None:
 def test_anonymous_has_no_credentials() -> None:
     arguments = obstore(GCSConfig(anonymous=True))
     assert arguments["skip_signature"] is True
-    assert "credential_provider" not in arguments
+    assert arguments["credential_provider"]() == {"token": "", "expires_at": None}
     assert gcsfs(GCSConfig(anonymous=True))["token"] == "anon"
 
 

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from storage.backends import open_backend
-from storage.backends.base import Backend, ByteRange, ObjectInfo, OpenOptions, bytes_payload
+from storage.backends.base import (
+    Backend,
+    ByteRange,
+    ObjectInfo,
+    OpenOptions,
+    Payload,
+    bytes_payload,
+)
 from storage.config import GCSConfig
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
     ConfigurationError,
+    InvalidInput,
     ModelMissingError,
     ObjectChangedError,
     StorageError,
@@ -147,6 +159,36 @@ def test_errors_of_the_xml_api(
     assert type(caught.value) is kind
 
 
+def test_error_that_came_packed_is_understood(driver: Any, opened: Callable[..., Backend]) -> None:
+    for status, code, kind in (
+        (404, b"NoSuchBucket", BucketMissingError),
+        (403, b"AccessDenied", AuthenticationError),
+        (400, b"UserProjectMissing", ConfigurationError),
+    ):
+        packed = gzip.compress(XML % code)
+        answer = Reply(status, packed, {"Content-Encoding": "gzip"})
+        with OddHTTP(lambda request, answer=answer: answer) as server, pytest.raises(kind):
+            read(opened(server.url, driver), "a")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_child_reads_what_its_parent_has_read(
+    driver: Any, gcs_server: FakeGCS, gcs_bucket: str, opened: Callable[..., Backend]
+) -> None:
+    gcs_server.put_raw(gcs_bucket, "a", b"12345")
+    backend = opened(gcs_server.endpoint, driver, gcs_bucket)
+    assert read(backend, "a") == b"12345"
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        status = 1
+        try:
+            status = 0 if read(backend, "a") == b"12345" else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.parametrize(
     ("status", "message", "kind"),
     [
@@ -245,6 +287,57 @@ def test_stored_bytes_are_asked_for_whatever_their_encoding(
         assert read(backend, "a") == packed
         with backend.read("a") as body:
             assert body.info.size == len(packed)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'"text"', b'{"kind": "other"}'])
+def test_success_that_says_nothing_is_none(body: bytes, opened: Callable[..., Backend]) -> None:
+    with OddHTTP(lambda request: Reply(body=body)) as server:
+        backend = opened(server.url, "fsspec")
+        with pytest.raises(TransientError):
+            backend.stat("a")
+        with pytest.raises(TransientError):
+            backend.copy("a", "b")
+        with pytest.raises(TransientError):
+            backend.write("a", bytes_payload(b"12345"))
+        if not body.startswith(b"{"):
+            with pytest.raises(TransientError):
+                list(backend.list())
+
+
+def test_anonymous_reads_no_file_of_the_environment(
+    driver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[..., Backend]
+) -> None:
+    federation = tmp_path / "federation.json"
+    federation.write_text(json.dumps({"type": "external_account", "audience": "any"}))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(federation))
+    with OddHTTP(answering(b"12345")) as server:
+        assert read(opened(server.url, driver, anonymous=True), "a") == b"12345"
+        [request] = server.requests
+    assert "Authorization" not in request.headers
+
+
+def test_empty_payload_of_unknown_size_keeps_its_metadata(opened: Callable[..., Backend]) -> None:
+    headers = {"ETag": '"tag"', "x-goog-generation": "7"}
+    with OddHTTP(lambda request: Reply(headers=headers)) as server:
+        payload = Payload(lambda: io.BytesIO(b""), None)
+        backend = opened(server.url, "obstore")
+        info = backend.write("a", payload, metadata={"note": "1"}, content_type="text/x-model")
+        [request] = server.requests
+    assert (info.size, request.method, request.target) == (0, "PUT", "/bucket/a")
+    assert request.headers["x-goog-meta-note"] == "1"
+    assert request.headers["Content-Type"] == "text/x-model"
+
+
+@pytest.mark.parametrize("content_type", ["a\nb: c", " text/x", "text/x\x7f"])
+def test_content_type_that_no_header_can_hold_is_refused(
+    driver: Any, content_type: str, opened: Callable[..., Backend]
+) -> None:
+    with OddHTTP(lambda request: Reply()) as server:
+        backend = opened(server.url, driver)
+        for size in (5, 9 * MIB):
+            with pytest.raises(InvalidInput):
+                backend.write("a", bytes_payload(b"x" * size), content_type=content_type)
+        assert server.requests == []
 
 
 def test_silence_is_noticed(driver: Any, opened: Callable[..., Backend]) -> None:
@@ -361,6 +454,10 @@ def test_googles_own_service_is_written_to_by_obstore(opened: Callable[..., Back
 
 def test_metadata_may_be_in_any_script(both: tuple[Backend, Backend]) -> None:
     metadata = {"owner": "é模", "note": "plain"}
+    # No header can hold these.
+    for awkward in ({"a name": "1"}, {"note": "two\nlines"}, {"note": " padded "}):
+        both[0].write("m/a", bytes_payload(b"12345"), metadata=awkward)
+        assert both[1].stat("m/a").metadata == awkward
     for writer in both:
         writer.write("m/a", bytes_payload(b"12345"), metadata=metadata)
         for reader in both:

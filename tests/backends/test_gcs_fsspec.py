@@ -228,6 +228,27 @@ def test_copy_in_several_steps() -> None:
     assert tokens == ["", "next%2F1", "next%2F2"]
 
 
+def test_object_that_is_replaced_before_its_copy_is_copied_again() -> None:
+    generations = iter((7, 8, 8, 7))
+
+    def answer(request: Request) -> Reply:
+        if request.method == "GET":
+            info = {"name": "a", "size": "9", "generation": str(next(generations))}
+            return Reply(body=json.dumps(info).encode())
+        if "sourceGeneration=8" in request.target:
+            return Reply(body=b'{"done": true}')
+        return Reply(404, b'{"error": {"code": 404, "message": "No such object: bucket/a"}}')
+
+    with OddHTTP(answer) as server:
+        backend = backend_of(server.url)
+        with pytest.raises(TransientError, match="replaced"):
+            backend.copy("a", "b")
+        backend.copy("a", "b")
+        with pytest.raises(ModelMissingError):
+            backend.copy("a", "b", version="7")
+        backend.close()
+
+
 # --- uploads -------------------------------------------------------------------------------------
 
 
@@ -269,6 +290,16 @@ def test_small_object_is_one_request(
     assert gcs_server.head_raw(gcs_bucket, "c")["contentType"] == "text/x-model"
 
 
+def test_store_is_told_what_the_bytes_have_to_be() -> None:
+    with OddHTTP(lambda request: Reply(body=b'{"size": "5", "generation": "7"}')) as server:
+        backend = backend_of(server.url)
+        backend.write("a", bytes_payload(b"12345"))
+        backend.close()
+        [request] = server.requests
+    # Base64 of the MD5.
+    assert b'"md5Hash": "gnzLDuqKcGxMNKFokfhOew=="' in request.body
+
+
 class Store:
     """Takes a resumable upload as GCS does, and can fail on the way."""
 
@@ -281,6 +312,8 @@ class Store:
         """Bytes that it keeps of each chunk, at most."""
         self.fail_at: int | None = None
         """Number of the chunk that it refuses."""
+        self.last_word: bytes | None = None
+        """What it says of the object, if not what it is."""
 
     def __call__(self, request: Request) -> Reply:
         if request.method == "POST":
@@ -303,7 +336,8 @@ class Store:
         if total != "*" and len(self.data) == int(total):
             self.done = True
             body = {"name": "a", "size": total, "generation": "5"}
-            return Reply(body=json.dumps(body).encode())
+            said = json.dumps(body).encode() if self.last_word is None else self.last_word
+            return Reply(body=said)
         return Reply(308, headers={"Range": f"bytes=0-{len(self.data) - 1}"} if self.data else {})
 
 
@@ -394,6 +428,15 @@ def test_upload_that_cannot_be_cancelled_keeps_its_first_failure(
         upload.send(b"1", last=True)
     assert "could not be cancelled" in caplog.text
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"size": "3", "generation": "5"}'])
+def test_end_of_an_upload_that_says_otherwise(
+    body: bytes, store: Store, to_store: GcsFsspecBackend
+) -> None:
+    store.last_word = body
+    with pytest.raises(TransientError):
+        to_store.write("a", bytes_payload(b"x" * 9 * MIB))
 
 
 def test_store_without_resumable_uploads_is_told() -> None:
