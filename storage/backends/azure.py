@@ -6,14 +6,12 @@ the config chooses adlfs for everything.
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from storage.backends.azure_credentials import Access, find_access, may_sign
-from storage.backends.azure_tokens import Network
 from storage.backends.base import Backend, Capabilities, OpenOptions
+from storage.backends.network import Network, with_timeouts
 from storage.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -28,18 +26,12 @@ def open_backend(location: Location, config: AzureConfig | None, options: OpenOp
     uri = f"azure://{location.bucket}/"
     if location.account is not None:
         uri = f"https://{location.account}.blob.core.{location.domain}/{location.bucket}/"
-    if config is not None:
-        options = OpenOptions(
-            options.connections,
-            config.connect_timeout or options.connect_timeout,
-            config.read_timeout or options.stall_timeout,
-            options.memory,
-        )
+    options = with_timeouts(options, config)
     signs = may_sign(location, config)
 
     @cache
     def access() -> Access:
-        return find_access(location, config, _network(config))
+        return find_access(location, config, Network.of(config))
 
     def second() -> Backend:
         from storage.backends.azure_fsspec import AzureFsspecBackend
@@ -48,7 +40,7 @@ def open_backend(location: Location, config: AzureConfig | None, options: OpenOp
             location.bucket,
             access,
             lambda: adlfs_arguments(location, config, access()),
-            lambda: _network(config),
+            lambda: Network.of(config),
             options,
             signs=signs,
             uri=uri,
@@ -86,28 +78,12 @@ def obstore_arguments(
     Credentials always go through a provider, and what obstore would read from the environment
     is given, so that nothing of it is mixed with a config.
     """
-    network = _network(config)
+    network = Network.of(config)
     access = access or find_access(location, config, network)
-    client: dict[str, Any] = {
-        "connect_timeout": timedelta(seconds=options.connect_timeout),
-        # The engine notices stalls; a time limit on the whole body would cut slow links.
-        "timeout": timedelta(days=1),
-        "read_timeout": timedelta(seconds=options.stall_timeout),
-        "pool_max_idle_per_host": str(options.connections),
-        "allow_http": access.endpoint.startswith("http://"),
-    }
-    if network.proxy is not None:
-        client["proxy_url"] = network.proxy
-    if not network.verify:
-        client["allow_invalid_certificates"] = True
-    if network.bundle is not None:
-        client["root_certificate"] = _read_bundle(network.bundle)
     arguments: dict[str, Any] = {
+        **network.obstore_arguments(options, allow_http=access.endpoint.startswith("http://")),
         "account_name": access.account,
         "endpoint": access.endpoint,
-        "client_options": client,
-        # One call is one attempt; the transfer layer repeats.
-        "retry_config": {"max_retries": 0},
         "skip_signature": access.anonymous,
         "credential_type": "auto",
         "use_emulator": False,
@@ -134,7 +110,7 @@ def adlfs_arguments(
     location: Location, config: AzureConfig | None, access: Access | None = None
 ) -> dict[str, Any]:
     """Return what ``adlfs.AzureBlobFileSystem`` gets."""
-    access = access or find_access(location, config, _network(config))
+    access = access or find_access(location, config, Network.of(config))
     scheme, _, host = access.endpoint.partition("://")
     arguments: dict[str, Any] = {
         "account_name": access.account,
@@ -160,21 +136,3 @@ def adlfs_arguments(
     text = ";".join(f"{name}={value}" for name, value in parts.items())
     arguments["connection_string"] = text
     return arguments
-
-
-def _network(config: AzureConfig | None) -> Network:
-    proxy = config.proxy.get_secret_value() if config is not None and config.proxy else None
-    verify = config is None or config.verify_ssl
-    bundle = config.ca_bundle if config is not None else None
-    bundle = bundle or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
-    return Network(proxy, str(bundle) if bundle else None, verify)
-
-
-def _read_bundle(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as exc:
-        raise ConfigurationError(
-            f"the CA bundle {path} cannot be read: {exc.strerror or exc}"
-        ) from exc

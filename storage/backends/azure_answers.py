@@ -248,7 +248,8 @@ def described(key: str, blob: Any) -> ObjectInfo:
     settings = blob.content_settings
     # Appending and writing pages leaves the MD5 of the time before.
     if settings.content_md5 is not None and _kind_of(blob) == "BlockBlob":
-        digests = (*digests, Digest("md5", bytes(settings.content_md5).hex()))
+        with suppress(InvalidInput):
+            digests = (*digests, Digest("md5", bytes(settings.content_md5).hex()))
     return ObjectInfo(
         key,
         blob.size,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import os
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from storage.backends.base import OpenOptions
 from storage.backends.fsspec_parts import run
@@ -16,7 +19,7 @@ from storage.errors import ConfigurationError, one_line
 
 if TYPE_CHECKING:
     from storage.backends.azure_credentials import Access
-    from storage.backends.azure_tokens import Network
+    from storage.backends.network import Network
 
 __all__ = ["Answer", "Connection", "connect"]
 
@@ -101,6 +104,9 @@ class Connection:
 
         async with self.slots:
             response = await body.sent_by(request)
+        if response.status_code != 201:
+            # A redirect, or somebody else's page: nothing was stored.
+            raise _error(response)
         return _lower(response.headers)
 
     async def _send(
@@ -121,13 +127,20 @@ class Connection:
             method, blob.url, {"x-ms-version": blob.api_version, **headers}, data=body
         )
         request.format_parameters({name: _quoted(value) for name, value in query.items()})
-        answer = await self.service._pipeline.run(request, stream=stream)
+        # A refused bearer token would be offered once more, with what is left of the body.
+        hook = {} if body is None else {"raw_response_hook": _stop_at_refusal}
+        answer = await self.service._pipeline.run(request, stream=stream, **hook)
         response = answer.http_response
         if response.status_code >= 400:
             if stream:
                 await response.load_body()
             raise _error(response)
         return response
+
+
+def _stop_at_refusal(answer: Any) -> None:
+    if answer.http_response.status_code == 401:
+        raise _error(answer.http_response)
 
 
 def _error(response: Any) -> Exception:
@@ -213,8 +226,8 @@ def connect(
     arguments: dict[str, Any] = {"permit_redirects": False}
     if attempts is not None:
         arguments["retry_total"] = attempts - 1
-    if network.proxy is not None:
-        arguments["proxies"] = {"http": network.proxy, "https": network.proxy}
+    if (proxy := network.proxy or _ambient_proxy(access.endpoint)) is not None:
+        arguments["proxies"] = {"http": proxy, "https": proxy}
     credential: Any = access.tokens
     if access.key is not None:
         credential = {"account_name": access.account, "account_key": access.key}
@@ -230,7 +243,8 @@ def connect(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            trust_env=network.proxy is None,
+            # It would take passwords of a netrc for the store's, too.
+            trust_env=False,
         )
         try:
             transport = AioHttpTransport(
@@ -247,10 +261,32 @@ def connect(
         except BaseException:
             await session.close()
             raise
+        weakref.finalize(service, _free, session, loop, os.getpid())
         return Connection(loop, service, access, options)
 
     loop = get_loop()
     return asyncio.run_coroutine_threadsafe(make(), loop).result()
+
+
+def _free(session: Any, loop: Any, pid: int) -> None:
+    """Close what nobody has closed, before aiohttp complains of it on stderr."""
+    if session.closed or os.getpid() != pid or not loop.is_running():
+        return
+    closed = asyncio.run_coroutine_threadsafe(session.close(), loop)
+    with suppress(RuntimeError):
+        if asyncio.get_running_loop() is loop:
+            return
+    with suppress(Exception):
+        closed.result(timeout=1)
+
+
+def _ambient_proxy(endpoint: str) -> str | None:
+    from urllib.request import getproxies, proxy_bypass
+
+    parts = urlsplit(endpoint)
+    if not parts.hostname or proxy_bypass(parts.netloc):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 def _tls(network: Network) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
-from storage.backends.azure_tokens import Network, Tokens
+from storage.backends.azure_tokens import Tokens
+from storage.backends.network import Network
 from storage.errors import ConfigurationError, InvalidInput, StorageError, one_line
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Access", "find_access", "may_sign"]
 
-_HOST = re.compile(r"([a-z0-9]{3,24})\.(?:blob|dfs)\.core\.([a-z0-9.-]+)")
+_HOST = re.compile(r"([a-z0-9]{3,24})(?:\.privatelink)?\.(?:blob|dfs)\.core\.([a-z0-9.-]+)")
+_EMULATORS = re.compile(r"localhost|[0-9.]+|.*:.*")
 # What every Azure emulator answers to; documented, so no secret.
 _EMULATOR = (
     "DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;"
@@ -64,6 +66,13 @@ class _Named:
     sas: str | None = field(repr=False)
     suffix: str | None = None
 
+    @property
+    def cloud(self) -> str | None:
+        """Domain of the cloud that is named, if one is."""
+        if self.endpoint is not None and (cloud := _cloud_of(self.endpoint)) is not None:
+            return cloud
+        return self.suffix.removeprefix("core.") if self.suffix is not None else None
+
 
 def find_access(
     location: Location,
@@ -86,8 +95,10 @@ def find_access(
     given = _from_config(config)
     ambient = _from_environment(environ)
     account = location.account or given.account or (None if given.endpoint else ambient.account)
-    # A variable about another account is no business of this one.
+    # A variable about another account, or another cloud, is no business of this one.
     fits = ambient.account == account or (ambient.account is None and location.account is None)
+    cloud = location.domain or given.cloud
+    fits = fits and (cloud is None or ambient.cloud in (None, cloud))
     if not fits:
         ambient = _Named(None, None, None, None)
     endpoint = given.endpoint
@@ -106,7 +117,8 @@ def find_access(
         suffix = f"core.{location.domain}" if location.domain is not None else suffix
         endpoint = f"https://{account}.blob.{suffix}"
     _check_account(location, account, endpoint, given)
-    key, sas, tokens = _credential(location, config, given, ambient, network)
+    domain = _cloud_of(endpoint) or location.domain or "windows.net"
+    key, sas, tokens = _credential(location, config, given, ambient, network, domain)
     if tokens is not None and not endpoint.startswith("https://"):
         raise ConfigurationError(
             f"{location}: a bearer token is sent over https only, not to {endpoint}; use an "
@@ -130,6 +142,7 @@ def _credential(
     given: _Named,
     ambient: _Named,
     network: Network,
+    domain: str,
 ) -> tuple[str | None, str | None, Tokens | None]:
     sas = _sas_of_url(location)
     if sas is not None:
@@ -141,7 +154,6 @@ def _credential(
             return found.key, None, None
         if found is not None and found.sas is not None:
             return None, found.sas, None
-    domain = location.domain or "windows.net"
     return None, None, Tokens(config, network, domain)
 
 
@@ -194,9 +206,13 @@ def _from_environment(environ: Mapping[str, str]) -> _Named:
         return _parse(text, "AZURE_STORAGE_CONNECTION_STRING")
     sas = environ.get("AZURE_STORAGE_SAS_TOKEN") or None
     endpoint = _first(environ, _ENDPOINTS)
+    endpoint = _cleaned(endpoint) if endpoint is not None else None
+    account = _first(environ, _ACCOUNTS)
+    if account is None and endpoint is not None:
+        account = _surely_of(endpoint)
     return _Named(
-        _first(environ, _ACCOUNTS),
-        _cleaned(endpoint) if endpoint is not None else None,
+        account,
+        endpoint,
         _first(environ, _KEYS),
         sas.lstrip("?") if sas is not None else None,
     )
@@ -248,25 +264,40 @@ def _cleaned(endpoint: str) -> str:
     return f"{parts.scheme}://{netloc}{parts.path.rstrip('/')}"
 
 
-def _account_of(endpoint: str) -> str | None:
+def _cloud_of(endpoint: str) -> str | None:
+    match = _HOST.fullmatch(urlsplit(endpoint).hostname or "")
+    return match.group(2) if match is not None else None
+
+
+def _surely_of(endpoint: str) -> str | None:
+    """Return the account of an address that can be no other's, unlike that of a custom domain."""
     parts = urlsplit(endpoint)
     if match := _HOST.fullmatch(parts.hostname or ""):
         return match.group(1)
+    if _EMULATORS.fullmatch(parts.hostname or ""):
+        return parts.path.strip("/").partition("/")[0] or None
+    return None
+
+
+def _account_of(endpoint: str) -> str | None:
+    parts = urlsplit(endpoint)
+    if (account := _surely_of(endpoint)) is not None:
+        return account
     # Emulators have the account in the path, other hosts (a custom domain) in their name.
     return parts.path.strip("/").partition("/")[0] or (parts.hostname or "").partition(".")[0]
 
 
 def _check_account(location: Location, account: str, endpoint: str, given: _Named) -> None:
     """Refuse what would send one account's credential to another."""
-    host = _HOST.fullmatch(urlsplit(endpoint).hostname or "")
-    for other in (given.account, host.group(1) if host is not None else None):
+    for other in (given.account, _surely_of(endpoint)):
         if other is not None and other != account:
             raise ConfigurationError(
                 f"{location} is in the storage account {account!r}, and the config is for "
                 f"{other!r}: no credential is sent to another account; pass the right one"
             )
-    if host is not None and location.domain is not None and host.group(2) != location.domain:
-        raise ConfigurationError(
-            f"{location} is in the cloud core.{location.domain}, and the config is for "
-            f"core.{host.group(2)}; pass the right one"
-        )
+    for cloud in (given.cloud, _cloud_of(endpoint)):
+        if cloud is not None and location.domain is not None and cloud != location.domain:
+            raise ConfigurationError(
+                f"{location} is in the cloud core.{location.domain}, and the config is for "
+                f"core.{cloud}; pass the right one"
+            )

@@ -38,6 +38,7 @@ from storage.backends.base import (
 from storage.backends.fsspec_driver import FsspecBackend
 from storage.backends.fsspec_parts import Chunks, arriving, run
 from storage.errors import (
+    AuthenticationError,
     BucketMissingError,
     ConfigurationError,
     IntegrityError,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
     from storage.backends.azure_credentials import Access
-    from storage.backends.azure_tokens import Network
+    from storage.backends.network import Network
 
 __all__ = ["AzureFsspecBackend"]
 
@@ -67,6 +68,8 @@ _LONGEST_DELEGATION = timedelta(days=7)
 _CLOCK_SKEW = timedelta(minutes=5)
 _PAGE = 2000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+# Copies wait in a queue of Azure's: so many times the patience with a connection.
+_COPY_PATIENCE = 20
 
 
 class AzureFsspecBackend(FsspecBackend):
@@ -203,8 +206,15 @@ class AzureFsspecBackend(FsspecBackend):
             headers["If-Match"] = pin.etag
         version = pin.version if pin is not None else None
         connection: Connection = self._shared()
-        with translated(where):
-            answer = run(connection, connection.get(self._container, key, headers, version))
+        try:
+            with translated(where):
+                answer = run(connection, connection.get(self._container, key, headers, version))
+        except AuthenticationError:
+            if version is None or "If-Match" not in headers:
+                raise
+            # To name a version takes a permission of its own; the entity tag is as strict.
+            with translated(where):
+                answer = run(connection, connection.get(self._container, key, headers))
         lease = ExitStack()
         lease.callback(answer.drop)
         try:
@@ -339,6 +349,8 @@ class AzureFsspecBackend(FsspecBackend):
             return (await self._blob(service, key).get_blob_properties()).copy
 
         pause = _FIRST_PAUSE
+        limit = _COPY_PATIENCE * self._options.stall_timeout
+        progress, moved = None, time.monotonic()
         while True:
             found = self._run(where, ask)
             if found.id != copy_id:
@@ -346,6 +358,13 @@ class AzureFsspecBackend(FsspecBackend):
             if found.status != "pending":
                 return f"{found.status} ({one_line(found.status_description or '')})".replace(
                     "success ()", "success"
+                )
+            if found.progress != progress:
+                progress, moved = found.progress, time.monotonic()
+            elif time.monotonic() - moved > limit:
+                raise TransientError(
+                    f"{where}: Azure has not gone on with the copy for {limit:g} s "
+                    f"({progress or 'nothing'} is copied)"
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)

@@ -8,17 +8,26 @@ import os
 import re
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from storage.errors import AuthenticationError, ConfigurationError, StorageError, one_line
+from storage.backends.fsspec_errors import retry_after
+from storage.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    StorageError,
+    TransientError,
+    one_line,
+    redact,
+)
 
 if TYPE_CHECKING:
+    from storage.backends.network import Network
     from storage.config import AzureConfig
 
-__all__ = ["Network", "Tokens"]
+__all__ = ["Tokens"]
 
 _SCOPE = "https://storage.azure.com/.default"
 _RESOURCE = "https://storage.azure.com/"
@@ -33,20 +42,6 @@ _KNOWN_AUTHORITY = re.compile(
 )
 _FAR = datetime(9999, 12, 31, tzinfo=UTC)
 _TIMEOUT = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """How the network is reached, by the stores' clients and for tokens alike."""
-
-    proxy: str | None = field(default=None, repr=False)
-    """URL of the proxy; may hold a password."""
-
-    bundle: str | None = None
-    """Path of a PEM file with the authorities to trust."""
-
-    verify: bool = True
-    """Whether certificates are checked."""
 
 
 class Tokens:
@@ -109,6 +104,8 @@ class Tokens:
 
     def close(self) -> None:
         """Free the connections of the credential. It may be used again."""
+        if self._pid != os.getpid():
+            self._forget()
         with self._lock:
             credential, self._credential = self._credential, None
         close = getattr(credential, "close", None)
@@ -124,6 +121,9 @@ def _refused(exc: Exception) -> StorageError:
         )
     if isinstance(exc, (ValueError, FileNotFoundError)):
         return ConfigurationError(f"Azure credentials are unusable: {one_line(exc)}")
+    status = getattr(getattr(exc, "response", None), "status_code", None)
+    if isinstance(status, int) and (status in (408, 429) or status >= 500):
+        return TransientError(f"no Entra token could be obtained for Azure: {one_line(exc)}")
     return AuthenticationError(
         f"no Entra token could be obtained for Azure: {one_line(exc)}; give account_key, "
         "sas_token, connection_string or an identity in an AzureConfig, or "
@@ -188,15 +188,29 @@ class _MetadataToken:
                 timeout=_TIMEOUT,
                 allow_redirects=False,
             )
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise TransientError(
+                f"the managed identity of this machine is not to be had: {redact(url)} answered "
+                f"{answer.status_code}; try again",
+                retry_after({name.lower(): value for name, value in answer.headers.items()}),
+            )
         if answer.status_code != 200:
             raise AuthenticationError(
-                f"the managed identity of this machine was refused: {url} answered "
+                f"the managed identity of this machine was refused: {redact(url)} answered "
                 f"{answer.status_code} {one_line(answer.text, 120)}; check client_id and that "
                 "the identity is assigned"
             )
         found = answer.json()
         expires = found.get("expires_on") or time.time() + float(found["expires_in"])
         return _Token(str(found["access_token"]), float(expires))
+
+
+def _header_for(endpoint: str) -> str | None:
+    """Return the secret of the environment for its own endpoint, and for no other."""
+    own = os.environ.get("IDENTITY_ENDPOINT")
+    if own and urlsplit(own)[:2] != urlsplit(endpoint)[:2]:
+        return None
+    return os.environ.get("IDENTITY_HEADER")
 
 
 def _credential(config: AzureConfig | None, network: Network, domain: str) -> Any:
@@ -229,7 +243,7 @@ def _credential(config: AzureConfig | None, network: Network, domain: str) -> An
             **arguments,
         )
     if config is not None and config.msi_endpoint is not None:
-        return _MetadataToken(config.msi_endpoint, client, os.environ.get("IDENTITY_HEADER"))
+        return _MetadataToken(config.msi_endpoint, client, _header_for(config.msi_endpoint))
     if config is not None and config.managed_identity:
         from azure.identity import ManagedIdentityCredential
 

@@ -10,12 +10,12 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from storage.backends.base import Backend, OpenOptions
+from storage.backends.network import Network, with_timeouts
 from storage.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -30,12 +30,7 @@ __all__ = ["gcsfs_arguments", "obstore_arguments", "open_backend", "tls_context"
 def open_backend(location: Location, config: GCSConfig | None, options: OpenOptions) -> Backend:
     """Return a backend for the bucket of ``location``; inert."""
     bucket = location.bucket
-    if config is not None:
-        options = replace(
-            options,
-            connect_timeout=config.connect_timeout or options.connect_timeout,
-            stall_timeout=config.read_timeout or options.stall_timeout,
-        )
+    options = with_timeouts(options, config)
     signer = _signer(bucket, config)
     # One for all that is made of this config, so that a token is asked for once.
     tokens = functools.cache(lambda: _tokens(config, options))
@@ -76,18 +71,8 @@ def obstore_arguments(
     impersonation, and given as plain arguments they would be mixed with the environment's.
     """
     endpoint = _endpoint(config)
-    client: dict[str, Any] = {
-        "connect_timeout": timedelta(seconds=options.connect_timeout),
-        # The engine notices stalls; a time limit on the whole body would cut slow links.
-        "timeout": timedelta(days=1),
-        "read_timeout": timedelta(seconds=options.stall_timeout),
-        "pool_max_idle_per_host": str(options.connections),
-        "allow_http": endpoint.startswith("http://"),
-    }
     arguments: dict[str, Any] = {
-        "client_options": client,
-        # One call is one attempt; the transfer layer repeats.
-        "retry_config": {"max_retries": 0},
+        **Network.of(config).obstore_arguments(options, allow_http=endpoint.startswith("http://")),
         "base_url": endpoint,
         "skip_signature": _anonymous(config),
     }
@@ -100,14 +85,7 @@ def obstore_arguments(
             tokens() if tokens else _tokens(config, options)
         )
     if project := _paying_project(config):
-        client["default_headers"] = {"x-goog-user-project": project}
-    if config is not None:
-        if not config.verify_ssl:
-            client["allow_invalid_certificates"] = True
-        if config.proxy:
-            client["proxy_url"] = config.proxy.get_secret_value()
-    if bundle := _ca_bundle(config):
-        client["root_certificate"] = _read_bundle(bundle)
+        arguments["client_options"]["default_headers"] = {"x-goog-user-project": project}
     return arguments
 
 
@@ -139,20 +117,20 @@ def gcsfs_arguments(
 
 def tls_context(config: GCSConfig | None) -> Any:
     """Return aiohttp's TLS setting: a context, false for no check, ``None`` for the usual."""
-    if config is not None and not config.verify_ssl:
+    network = Network.of(config)
+    if not network.verify:
         return False
-    bundle = _ca_bundle(config)
+    bundle = network.read_bundle()
     if bundle is None:
         return None
     import ssl
 
-    text = _read_bundle(bundle)
     context = ssl.create_default_context()
     try:
-        context.load_verify_locations(cadata=text.decode())
+        context.load_verify_locations(cadata=bundle.decode())
     except (ssl.SSLError, ValueError) as exc:
         raise ConfigurationError(
-            f"the CA bundle {bundle} cannot be used: PEM certificates are expected in it"
+            f"the CA bundle {network.bundle} cannot be used: PEM certificates are expected in it"
         ) from exc
     return context
 
@@ -203,16 +181,18 @@ def _reads_only(config: GCSConfig | None) -> bool:
 def _tokens(config: GCSConfig | None, options: OpenOptions) -> TokenSource:
     from storage.backends.gcs_auth import TokenSource
 
+    network = Network.of(config)
+    verify = network.bundle if network.verify else False
     if config is None:
-        return TokenSource(verify=_ca_bundle(None), timeout=options.stall_timeout)
+        return TokenSource(verify=verify, timeout=options.stall_timeout)
     token = config.token.get_secret_value() if config.token is not None else None
     return TokenSource(
         None if token else config.service_account_json,
         None if token else config.service_account_file,
         config.impersonate_service_account,
         token=token,
-        proxy=config.proxy.get_secret_value() if config.proxy is not None else None,
-        verify=_ca_bundle(config) if config.verify_ssl else False,
+        proxy=network.proxy,
+        verify=verify,
         timeout=options.stall_timeout,
     )
 
@@ -256,8 +236,8 @@ def _paying_project(config: GCSConfig | None) -> str | None:
 
 def _proxy(config: GCSConfig | None, endpoint: str) -> str | None:
     """Return the proxy on the way to ``endpoint``; aiohttp looks at no variables by itself."""
-    if config is not None and config.proxy is not None:
-        return config.proxy.get_secret_value()
+    if (given := Network.of(config).proxy) is not None:
+        return given
     from urllib.request import getproxies, proxy_bypass
 
     parts = urlsplit(endpoint)
@@ -266,25 +246,6 @@ def _proxy(config: GCSConfig | None, endpoint: str) -> str | None:
     if not found or proxy_bypass(parts.netloc):
         return None
     return found if "://" in found else f"http://{found}"
-
-
-def _ca_bundle(config: GCSConfig | None) -> str | None:
-    if config is not None and config.ca_bundle is not None:
-        return str(config.ca_bundle)
-    for variable in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
-        if path := os.environ.get(variable):
-            return path
-    return None
-
-
-def _read_bundle(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as exc:
-        raise ConfigurationError(
-            f"the CA bundle {path} cannot be read: {exc.strerror or exc}"
-        ) from exc
 
 
 def _signer(bucket: str, config: GCSConfig | None) -> Signer:

@@ -96,7 +96,11 @@ class FolderRaw:
             path.mkdir(parents=True, exist_ok=True)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            # At once, as careful writers do: these protocols tell times in whole seconds, so
+            # nobody notices a file that is changed in place twice in one.
+            partial = self._folder.parent / f"{self._folder.name}-partial"
+            partial.write_bytes(data)
+            partial.replace(path)
 
     def get(self, key: str) -> bytes:
         return (self._folder / key).read_bytes()

@@ -12,8 +12,8 @@ import pytest
 from storage.backends import open_backend
 from storage.backends.azure import adlfs_arguments, obstore_arguments
 from storage.backends.azure_credentials import Access, find_access
-from storage.backends.azure_tokens import Network
 from storage.backends.base import OpenOptions
+from storage.backends.network import Network
 from storage.config import AzureConfig, resolve_config
 from storage.errors import AuthenticationError, ConfigurationError, InvalidInput
 from storage.uri import parse_uri

@@ -231,6 +231,15 @@ def test_server_that_does_not_speak_azure(azure: Azure) -> None:
 # --- bodies ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [5, 20 * 1024 * 1024], ids=["small", "large"])
+@pytest.mark.parametrize("status", [200, 307])
+def test_write_that_nobody_confirms_is_none(azure: Azure, status: int, size: int) -> None:
+    elsewhere = {"Location": "https://elsewhere.example/"}
+    backend, _ = azure(lambda request: Reply(status, b"", elsewhere))
+    with pytest.raises(StorageError):
+        backend.write("a", bytes_payload(bytes(size)))
+
+
 def test_body_that_is_cut_is_noticed(azure: Azure) -> None:
     cut = blob(b"x" * 100_000)
     cut.cut = 50_000
@@ -330,6 +339,19 @@ def test_version_is_copied_if_it_did_not_change(azure: Azure) -> None:
     assert put.headers["x-ms-source-if-match"] == '"0x0"'
 
 
+def test_version_that_may_not_be_named_is_read_by_its_entity_tag(azure: Azure) -> None:
+    def handler(request: Request) -> Reply:
+        if "versionid=" in request.target:
+            return refusal(403, "AuthorizationPermissionMismatch")
+        return blob(x_ms_version_id=VERSION)
+
+    backend, server = azure(handler)
+    assert read(backend, pin=ObjectInfo("a", 5, '"0x1"', VERSION)) == b"12345"
+    assert [request.headers["If-Match"] for request in server.requests] == ['"0x1"'] * 2
+    with pytest.raises(AuthenticationError):
+        read(backend, pin=ObjectInfo("a", 5, None, VERSION))
+
+
 # --- copies that take their time ---------------------------------------------------------------
 
 
@@ -384,6 +406,16 @@ def test_copy_that_cannot_be_watched_is_ended(azure: Azure) -> None:
         backend.copy("a", "b")
     [abort] = [request for request in server.requests if "comp=copy" in request.target]
     assert abort.headers["x-ms-copy-action"] == "abort"
+    assert slow.gone
+
+
+def test_copy_that_never_goes_on_is_ended(azure: Azure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.backends.azure_fsspec._COPY_PATIENCE", 0.05)
+    slow = SlowCopy("pending")
+    backend, server = azure(slow)
+    with pytest.raises(TransientError, match="not gone on"):
+        backend.copy("a", "b")
+    assert len([request for request in server.requests if "comp=copy" in request.target]) == 1
     assert slow.gone
 
 

@@ -7,6 +7,8 @@ import hashlib
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -76,6 +78,20 @@ def test_md5_that_azure_keeps_is_a_digest(
     md5 = Digest("md5", hashlib.md5(b"12345", usedforsecurity=False).hexdigest())
     assert backend.stat("m/a").digests == (md5,)
     assert [info.digests for info in backend.list("m/")] == [(md5,)]
+
+
+def test_text_that_is_no_md5_hides_no_blob(
+    azurite: Azurite, azurite_container: str, backend: Backend
+) -> None:
+    from azure.storage.blob import BlobServiceClient, ContentSettings
+
+    azurite.put_raw(azurite_container, "a", b"12345")
+    with BlobServiceClient.from_connection_string(azurite.connection_string()) as service:
+        blob = service.get_blob_client(azurite_container, "a")
+        blob.set_http_headers(ContentSettings(content_md5=bytearray(b"short")))
+    assert backend.stat("a").digests == ()
+    assert [info.digests for info in backend.list()] == [()]
+    assert read(backend, "a") == b"12345"
 
 
 def test_md5_of_a_part_is_not_taken_for_that_of_the_whole(
@@ -420,6 +436,24 @@ def test_delete_of_many_with_a_key_and_a_sas(
             azurite.put_raw(azurite_container, key, b"")
         opened(azurite_container, **fields).delete([*keys, "m/none"])
         assert azurite.keys_raw(azurite_container) == []
+
+
+def test_program_that_closes_nothing_ends_in_silence(
+    azurite: Azurite, azurite_container: str, driver: str
+) -> None:
+    program = f"""
+from storage import AzureConfig, StorageOperations
+config = AzureConfig(
+    "{azurite.main.name}", "{azurite.main.key}",
+    endpoint_url="{azurite.account_url()}", driver="{driver}",
+)
+print(StorageOperations.list_objects("azure://{azurite_container}/", config=config))
+"""
+    azurite.put_raw(azurite_container, "a", b"12345")
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("['a']\n", "")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

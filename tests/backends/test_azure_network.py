@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -10,10 +12,11 @@ import pytest
 from storage.backends import open_backend
 from storage.backends.base import Backend, OpenOptions, bytes_payload
 from storage.config import AzureConfig
-from storage.errors import UnreachableError
+from storage.errors import AuthenticationError, UnreachableError
 from storage.uri import parse_uri
 from tests.servers.azurite import Azurite
 from tests.servers.forward_proxy import ForwardProxy
+from tests.servers.odd_http import OddHTTP, Reply
 from tests.servers.process import HOST, free_port
 
 
@@ -113,3 +116,64 @@ def test_proxy_that_is_not_there_is_named(
         with pytest.raises(UnreachableError) as caught:
             call()
         assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent"),
+    [({"account_key": "a2V5"}, "SharedKey"), ({"anonymous": True}, None)],
+    ids=["key", "anonymous"],
+)
+def test_passwords_of_a_netrc_stay_there(
+    opened: Callable[..., Backend],
+    fields: dict[str, Any],
+    sent: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password hidden\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    described = {"ETag": '"0x1"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+    with OddHTTP(lambda request: Reply(200, b"12345", described)) as server:
+        backend = opened(f"{server.url}/acct", "c", account_name="acct", **fields)
+        with backend.read("a") as body:
+            assert b"".join(bytes(piece) for piece in body) == b"12345"
+        found = server.requests[-1].headers["Authorization"]
+    assert (found and found.partition(" ")[0]) == sent
+
+
+def test_exception_to_the_proxy_of_the_environment(
+    azurite: Azurite,
+    azurite_container: str,
+    opened: Callable[..., Backend],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, f"http://{HOST}:{free_port()}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, HOST)
+    account, key = azurite.main
+    use(opened(azurite.account_url(), azurite_container, account_name=account, account_key=key))
+
+
+@pytest.mark.parametrize("size", [5, 20 * 1024 * 1024], ids=["small", "large"])
+def test_refused_bearer_token_is_offered_once(
+    opened: Callable[..., Backend], tmp_path: Path, size: int
+) -> None:
+    import trustme
+
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(HOST).configure_cert(tls)
+    challenge = (
+        "Bearer authorization_uri=https://login.microsoftonline.com/tenant/oauth2/authorize "
+        "resource_id=https://storage.azure.com"
+    )
+    answer = Reply(401, b"", {"WWW-Authenticate": challenge})
+    with OddHTTP(lambda request: answer, tls=tls) as server:
+        backend = opened(f"{server.url}/acct", "c", token="expired", ca_bundle=tmp_path / "ca.pem")
+        with pytest.raises(AuthenticationError):
+            backend.write("a", bytes_payload(bytes(size)))
+        targets = [request.target for request in server.requests]
+    assert len(targets) == len(set(targets)) > 0
