@@ -21,17 +21,17 @@ __all__ = ["ENTRY_POINT_GROUP", "open_backend"]
 ENTRY_POINT_GROUP = "storage.backends"
 
 _FACTORIES = {
-    "s3": "storage.backends.s3:open_backend",
-    "gs": "storage.backends.gcs:open_backend",
-    "azure": "storage.backends.azure:open_backend",
-    "hf": "storage.backends.hf:open_backend",
-    "http": "storage.backends.http:open_backend",
-    "https": "storage.backends.http:open_backend",
-    "file": "storage.backends.local:open_file_backend",
-    "pvc": "storage.backends.local:open_pvc_backend",
+    "s3": "storage.backends.s3.backend:open_backend",
+    "gs": "storage.backends.gcs.backend:open_backend",
+    "azure": "storage.backends.azure.backend:open_backend",
+    "hf": "storage.backends.hf.backend:open_backend",
+    "http": "storage.backends.http.backend:open_backend",
+    "https": "storage.backends.http.backend:open_backend",
+    "file": "storage.backends.local.backend:open_file_backend",
+    "pvc": "storage.backends.local.backend:open_pvc_backend",
     "memory": "storage.backends.memory:open_backend",
 }
-_GENERIC = "storage.backends.fsspec_driver:open_backend"
+_GENERIC = "storage.backends.drivers.fsspec:open_backend"
 
 
 def open_backend(location: Location, config: Any, options: OpenOptions) -> Backend:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from storage.backends.base import ByteRange, ObjectInfo, OpenOptions
-from storage.backends.hf import HubBackend, open_backend
+from storage.backends.hf.backend import HubBackend, open_backend
 from storage.config import HFConfig
 from storage.uri import parse_uri
 from tests.servers.hub import Hub, Repo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from storage.backends.azure_credentials import Access, find_access
+from storage.backends.azure.credentials import Access, find_access
 from storage.backends.network import Network
 from storage.config import AzureConfig
 from storage.errors import ConfigurationError, TransientError
@@ -69,7 +69,7 @@ def test_authority_is_that_of_the_cloud_that_the_config_names() -> None:
 def test_secret_header_is_for_the_endpoint_of_the_environment_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from storage.backends.azure_tokens import _header_for
+    from storage.backends.azure.tokens import _header_for
 
     monkeypatch.setenv("IDENTITY_HEADER", "secret-header")
     assert _header_for("http://127.0.0.1:1/msi/token") == "secret-header"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from storage.backends import open_backend
-from storage.backends.azure import adlfs_arguments, obstore_arguments
-from storage.backends.azure_credentials import Access, find_access
+from storage.backends.azure.backend import adlfs_arguments, obstore_arguments
+from storage.backends.azure.credentials import Access, find_access
 from storage.backends.base import OpenOptions
 from storage.backends.network import Network
 from storage.config import AzureConfig, resolve_config
@@ -419,7 +419,7 @@ def test_bearer_token_is_not_sent_without_tls() -> None:
     ids=["ambient", "system-identity", "user-identity", "secret", "workload"],
 )
 def test_identity_is_that_of_the_config(config: AzureConfig, kind: str) -> None:
-    from storage.backends.azure_tokens import _credential
+    from storage.backends.azure.tokens import _credential
 
     made = _credential(config, Network(), "windows.net")
     assert type(made).__name__ == kind
@@ -450,7 +450,7 @@ def test_authority_of_the_cloud(
     expected: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from storage.backends.azure_tokens import _identity_arguments
+    from storage.backends.azure.tokens import _identity_arguments
 
     if variable is not None:
         monkeypatch.setenv("AZURE_AUTHORITY_HOST", variable)

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 import pytest
 
 from storage.backends import open_backend
-from storage.backends.azure_answers import from_code
+from storage.backends.azure.answers import from_code
 from storage.backends.base import Backend, ByteRange, ObjectInfo, OpenOptions, bytes_payload
 from storage.config import AzureConfig
 from storage.errors import (
@@ -410,7 +410,7 @@ def test_copy_that_cannot_be_watched_is_ended(azure: Azure) -> None:
 
 
 def test_copy_that_never_goes_on_is_ended(azure: Azure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.backends.azure_fsspec._COPY_PATIENCE", 0.05)
+    monkeypatch.setattr("storage.backends.azure.fsspec._COPY_PATIENCE", 0.05)
     slow = SlowCopy("pending")
     backend, server = azure(slow)
     with pytest.raises(TransientError, match="not gone on"):
@@ -429,7 +429,7 @@ def test_construction_imports_no_sdk(chosen: str) -> None:
 
     script = (
         "import sys\n"
-        "from storage.backends.azure import open_backend\n"
+        "from storage.backends.azure.backend import open_backend\n"
         "from storage.backends.base import OpenOptions\n"
         "from storage.uri import parse_uri\n"
         "class Config:\n"

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import pytest
 
 from storage.backends import open_backend
-from storage.backends.azure_answers import decoded_metadata, encoded_metadata
-from storage.backends.azure_upload import block_sizes
+from storage.backends.azure.answers import decoded_metadata, encoded_metadata
+from storage.backends.azure.upload import block_sizes
 from storage.backends.base import Backend, OpenOptions, Payload, bytes_payload
 from storage.config import AzureConfig
 from storage.digest import Digest

@@ -16,7 +16,7 @@ import pytest
 
 from storage.backends.base import Body, ByteRange, Capabilities, ObjectInfo, bytes_payload
 from storage.backends.filesystem import BackendFileSystem
-from storage.backends.local import LocalBackend
+from storage.backends.local.backend import LocalBackend
 from storage.backends.memory import MemoryBackend
 from storage.errors import (
     AuthenticationError,

@@ -19,7 +19,7 @@ import pytest
 
 from storage.backends import open_backend
 from storage.backends.base import Backend, ByteRange, OpenOptions, Payload, bytes_payload
-from storage.backends.fsspec_driver import classify, supported_schemes
+from storage.backends.drivers.fsspec import classify, supported_schemes
 from storage.config import FsspecConfig
 from storage.errors import (
     AuthenticationError,

@@ -13,7 +13,12 @@ import pytest
 import trustme
 
 from storage.backends.base import OpenOptions
-from storage.backends.gcs import gcsfs_arguments, obstore_arguments, open_backend, tls_context
+from storage.backends.gcs.backend import (
+    gcsfs_arguments,
+    obstore_arguments,
+    open_backend,
+    tls_context,
+)
 from storage.config import GCSConfig
 from storage.errors import ConfigurationError
 from storage.uri import parse_uri

@@ -56,11 +56,13 @@ class TestFakeGcsByGcsfs(FakeGCSConformance):
     exceptions: ClassVar = FAKE_GCS_EXCEPTIONS
 
 
+@pytest.mark.slow
 class TestFakeGcsByObstore(FakeGCSConformance):
     driver = "obstore"
     exceptions: ClassVar = FAKE_GCS_OBSTORE_EXCEPTIONS
 
 
+@pytest.mark.slow
 class TestGcsShimByObstore(BackendConformance):
     exceptions: ClassVar = SHIM_EXCEPTIONS
 

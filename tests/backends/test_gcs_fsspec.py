@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from storage.backends.base import ByteRange, ObjectInfo, OpenOptions, Payload, bytes_payload
-from storage.backends.gcs_fsspec import GcsFsspecBackend
-from storage.backends.gcs_upload import Answer, ResumableUpload, chunk_size
+from storage.backends.gcs.fsspec import GcsFsspecBackend
+from storage.backends.gcs.upload import Answer, ResumableUpload, chunk_size
 from storage.errors import (
     BucketMissingError,
     ConfigurationError,
@@ -58,7 +58,7 @@ def backend(gcs_server: FakeGCS, gcs_bucket: str) -> Iterator[GcsFsspecBackend]:
 def test_construction_imports_no_sdk() -> None:
     script = (
         "import sys\n"
-        "from storage.backends.gcs_fsspec import GcsFsspecBackend\n"
+        "from storage.backends.gcs.fsspec import GcsFsspecBackend\n"
         "backend = GcsFsspecBackend('b', {'endpoint_url': 'http://127.0.0.1:1'})\n"
         "backend.name, backend.capabilities\n"
         "found = {'gcsfs', 'google', 'fsspec', 'aiohttp', 'requests'} & set(sys.modules)\n"

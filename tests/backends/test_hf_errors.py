@@ -9,7 +9,7 @@ import pytest
 
 from storage.backends import open_backend
 from storage.backends.base import Backend, ByteRange, OpenOptions, bytes_payload
-from storage.backends.hf_errors import from_answer
+from storage.backends.hf.errors import from_answer
 from storage.config import HFConfig
 from storage.errors import (
     AuthenticationError,
@@ -304,7 +304,7 @@ def test_public_hub_does_not_say_what_is_missing_to_those_without_a_name(
 def test_answer_without_an_end_is_not_kept_in_memory(
     hub: Hub, repo: Repo, open_hub: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.backends.hf_session._MAX_ANSWER", 1000)
+    monkeypatch.setattr("storage.backends.hf.session._MAX_ANSWER", 1000)
     hub.before = lambda request: Answer(200, {"Content-Type": "application/json"}, b" " * 200_000)
     with pytest.raises(StorageError, match="longer than any of a Hub"):
         list(open_hub().list())

@@ -14,7 +14,7 @@ import pytest
 
 from storage import Storage
 from storage.backends.base import OpenOptions
-from storage.backends.http_access import make_access
+from storage.backends.http.access import make_access
 from storage.client import StorageClient
 from storage.config import HTTPConfig
 from storage.errors import (

@@ -45,6 +45,7 @@ class TestNginx(NginxConformance):
     pass
 
 
+@pytest.mark.slow
 class TestNginxOverTLS(NginxConformance):
     def url(self, server: NginxHTTP) -> str:
         return server.tls

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.backends.http import HTTPBackend
+from storage.backends.http.backend import HTTPBackend
 from storage.client import StorageClient
 from storage.config import HTTPConfig
 from storage.errors import (

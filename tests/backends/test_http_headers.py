@@ -8,7 +8,7 @@ import hashlib
 import pytest
 from requests.structures import CaseInsensitiveDict
 
-from storage.backends.http_headers import (
+from storage.backends.http.headers import (
     ContentRange,
     content_range,
     digests,

@@ -11,7 +11,7 @@ import pytest
 
 from storage.backends import open_backend
 from storage.backends.base import Backend, Capabilities, OpenOptions, bytes_payload
-from storage.backends.local import LocalBackend
+from storage.backends.local.backend import LocalBackend
 from storage.errors import (
     BucketMissingError,
 )

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 import pytest
 
 from storage.backends.base import Backend, Payload, bytes_payload
-from storage.backends.local import LocalBackend
+from storage.backends.local.backend import LocalBackend
 from storage.errors import (
     InvalidInput,
     ModelMissingError,

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 import pytest
 
 from storage.backends.base import Payload, bytes_payload
-from storage.backends.local import LocalBackend
+from storage.backends.local.backend import LocalBackend
 from storage.errors import (
     AuthenticationError,
     InsufficientSpaceError,
@@ -40,7 +40,7 @@ def backend(root: Path) -> LocalBackend:
 _AS_NOBODY = """
 import os, sys
 from storage.backends.base import bytes_payload
-from storage.backends.local import LocalBackend
+from storage.backends.local.backend import LocalBackend
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 backend = LocalBackend(sys.argv[1])

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO, cast
 
 import pytest
 
-from storage.backends import localfs
 from storage.backends.base import ByteRange, Payload, bytes_payload
-from storage.backends.local import LocalBackend
+from storage.backends.local import files
+from storage.backends.local.backend import LocalBackend
 from storage.errors import (
     InvalidInput,
     ObjectChangedError,
@@ -147,7 +147,7 @@ def hanging(root: Path) -> Iterator[Any]:
 
 def test_what_a_killed_writer_left_goes_with_the_next_write(root: Path, hanging: Any) -> None:
     [left] = files_in(root)
-    assert localfs.is_temporary(os.path.basename(left))
+    assert files.is_temporary(os.path.basename(left))
     assert list(LocalBackend(str(root)).list()) == []
     os.kill(hanging.pid, signal.SIGKILL)
     hanging.join()
@@ -167,7 +167,7 @@ def test_work_in_progress_of_another_process_is_left_alone(root: Path, hanging: 
 def test_partial_file_of_another_machine_goes_when_it_is_old(
     backend: LocalBackend, root: Path
 ) -> None:
-    foreign = "0" * 8 if not localfs._machine().startswith("0" * 8) else "1" * 8
+    foreign = "0" * 8 if not files._machine().startswith("0" * 8) else "1" * 8
     young, old = (root / f".a.{foreign}{digit * 8}.partial" for digit in "ab")
     young.write_bytes(b"1")
     old.write_bytes(b"1")
@@ -215,7 +215,7 @@ def test_plain_write_and_delete_wait_for_a_comparing_writer(
     backend: LocalBackend, root: Path
 ) -> None:
     backend.write("a", bytes_payload(b"1"))
-    lock = root / localfs._temporary_name("a", "0" * 16)
+    lock = root / files._temporary_name("a", "0" * 16)
     done: list[str] = []
 
     def act() -> None:
@@ -223,7 +223,7 @@ def test_plain_write_and_delete_wait_for_a_comparing_writer(
         backend.delete(["a"])
         done.append("both")
 
-    with localfs.holding(str(root), "a", required=True):
+    with files.holding(str(root), "a", required=True):
         assert lock.exists()
         other = threading.Thread(target=act)
         other.start()
@@ -239,9 +239,9 @@ def test_lock_that_nobody_gives_back_is_an_error(
     backend: LocalBackend, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend.write("a", bytes_payload(b"1"))
-    monkeypatch.setattr(localfs, "_LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr(files, "_LOCK_TIMEOUT", 0.05)
     with (
-        localfs.holding(str(root), "a", required=True),
+        files.holding(str(root), "a", required=True),
         pytest.raises(TransientError, match="held this lock"),
     ):
         backend.write("a", bytes_payload(b"2"))
@@ -252,7 +252,7 @@ def test_lock_that_nobody_gives_back_is_an_error(
 def test_lock_on_a_file_that_its_holder_removed_is_no_lock(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = root / localfs._temporary_name("a", "0" * 16)
+    lock = root / files._temporary_name("a", "0" * 16)
     flock = fcntl.flock
     others: list[int] = []
 
@@ -265,21 +265,21 @@ def test_lock_on_a_file_that_its_holder_removed_is_no_lock(
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", hand_over)
-    monkeypatch.setattr(localfs, "_LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr(files, "_LOCK_TIMEOUT", 0.05)
     with (
         pytest.raises(TransientError, match="held this lock"),
-        localfs.holding(str(root), "a", required=True),
+        files.holding(str(root), "a", required=True),
     ):
         pytest.fail("two hold the lock")
     os.close(others[0])
-    with localfs.holding(str(root), "a", required=True):
+    with files.holding(str(root), "a", required=True):
         assert lock.exists()
     assert files_in(root) == set()
 
 
 def test_lock_file_of_a_killed_process_stops_nobody(backend: LocalBackend, root: Path) -> None:
     backend.write("a", bytes_payload(b"1"))
-    (root / localfs._temporary_name("a", "0" * 16)).write_bytes(b"")
+    (root / files._temporary_name("a", "0" * 16)).write_bytes(b"")
     backend.write("a", bytes_payload(b"2"), if_match=backend.stat("a"))
     assert files_in(root) == {"a"}
 

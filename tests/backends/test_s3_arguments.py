@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from storage.backends.base import OpenOptions
-from storage.backends.s3 import obstore_arguments, s3fs_arguments
+from storage.backends.s3.backend import obstore_arguments, s3fs_arguments
 from storage.config import S3Config
 from storage.errors import AuthenticationError, ConfigurationError
 

@@ -77,6 +77,7 @@ class TestSeaweedFSByS3fs(S3Conformance):
     exceptions: ClassVar = SEAWEEDFS_EXCEPTIONS
 
 
+@pytest.mark.slow
 class TestMotoByObstore(S3Conformance):
     driver = "obstore"
     server_fixture = "moto"

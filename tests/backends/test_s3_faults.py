@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from storage.backends.base import ByteRange, OpenOptions, bytes_payload
-from storage.backends.s3_answers import _CODES, _NAMES, classify_s3, from_code
-from storage.backends.s3_fsspec import S3FsspecBackend
+from storage.backends.s3.answers import _CODES, _NAMES, classify_s3, from_code
+from storage.backends.s3.fsspec import S3FsspecBackend
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,

@@ -19,7 +19,7 @@ from storage.backends.base import (
     Payload,
     bytes_payload,
 )
-from storage.backends.s3_fsspec import S3FsspecBackend
+from storage.backends.s3.fsspec import S3FsspecBackend
 from storage.digest import Digest
 from storage.errors import (
     AuthenticationError,
@@ -83,7 +83,7 @@ def on_moto(moto: Moto, moto_shared_bucket: str) -> Iterator[S3FsspecBackend]:
 def test_construction_imports_no_sdk() -> None:
     script = (
         "import sys\n"
-        "from storage.backends.s3_fsspec import S3FsspecBackend\n"
+        "from storage.backends.s3.fsspec import S3FsspecBackend\n"
         "backend = S3FsspecBackend('b', {'endpoint_url': 'http://127.0.0.1:1'})\n"
         "backend.name, backend.capabilities\n"
         "found = {'s3fs', 'botocore', 'aiobotocore', 'fsspec', 'aiohttp'} & set(sys.modules)\n"

@@ -27,11 +27,15 @@ from tests.facade.stores import (
 )
 
 
+# Second servers and second drivers: for the inner loop, one of each kind will do.
+SLOW_STORES = ("moto-obstore", "moto-fsspec", "seaweedfs-fsspec", "azurite-fsspec")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes ``store`` on all stores that have what it needs."""
     if "store" in metafunc.fixturenames:
         needed = getattr(metafunc.function, "needed_features", ())
-        slow = getattr(metafunc.function, "slow_stores", ())
+        slow = (*SLOW_STORES, *getattr(metafunc.function, "slow_stores", ()))
         names = [
             pytest.param(name, marks=pytest.mark.slow if name in slow else ())
             for name in stores_with(needed)

@@ -1,0 +1,304 @@
+"""The client that adlfs is built on, with our address, credential, limits and patience."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from storage.backends.base import OpenOptions
+from storage.backends.drivers.fsspec_parts import run
+from storage.errors import ConfigurationError, one_line
+
+if TYPE_CHECKING:
+    from storage.backends.azure.credentials import Access
+    from storage.backends.network import Network
+
+__all__ = ["Answer", "Connection", "connect"]
+
+
+class Answer:
+    """The head of an answer, and its body as it arrives."""
+
+    def __init__(self, loop: Any, response: Any, headers: Mapping[str, str]) -> None:
+        """Keep the ``response`` of aiohttp and its ``headers``, names in lower case."""
+        self.headers = headers
+        self._loop = loop
+        self._response = response
+
+    async def read(self, size: int) -> bytes:
+        """Return up to ``size`` bytes as they were stored, none at the end."""
+        block: bytes = await self._response.content.read(size)
+        return block
+
+    def drop(self) -> None:
+        """Free the connection; it is closed if the body has not been read to its end."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._response.close)
+
+
+class Connection:
+    """A client of one account's blob service, on fsspec's event loop."""
+
+    def __init__(self, loop: Any, service: Any, access: Access, options: OpenOptions) -> None:
+        """Keep the parts; ``service`` is azure-storage-blob's client, its session open."""
+        self.loop = loop
+        self.service = service
+        self._access = access
+        self._stall_timeout = options.stall_timeout
+        self.slots = asyncio.Semaphore(options.connections)
+        """Requests that may be under way, so that waiting for a connection is no stall."""
+
+    def close(self) -> None:
+        """Free the connections."""
+        run(self, self.service.close())
+        if self._access.tokens is not None:
+            self._access.tokens.close()
+
+    async def get(
+        self, container: str, key: str, headers: Mapping[str, str], version: str | None = None
+    ) -> Answer:
+        """Begin to read a blob.
+
+        The client's own method reads ahead, joins several requests and repeats them.
+        """
+        query = {} if version is None else {"versionid": version}
+        response = await self._send("GET", container, key, query, headers, stream=True)
+        answer = Answer(self.loop, response.internal_response, _lower(response.headers))
+        if response.status_code not in (200, 206):
+            # 304 and the like: no failure, and not what was asked for.
+            answer.drop()
+            raise _error(response)
+        return answer
+
+    async def put(
+        self,
+        container: str,
+        key: str,
+        headers: Mapping[str, str],
+        data: bytes,
+        query: Mapping[str, str] | None = None,
+    ) -> Mapping[str, str]:
+        """Send a body; return the answer's headers, names in lower case.
+
+        Raises:
+            TimeoutError: the store stopped to take the body.
+        """
+        body = _Watched(data, self._stall_timeout)
+        headers = {
+            # The client would add one after the request is signed.
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(len(data)),
+            **headers,
+        }
+
+        def request() -> Coroutine[Any, Any, Any]:
+            return self._send("PUT", container, key, query or {}, headers, body if data else None)
+
+        async with self.slots:
+            response = await body.sent_by(request)
+        if response.status_code != 201:
+            # A redirect, or somebody else's page: nothing was stored.
+            raise _error(response)
+        return _lower(response.headers)
+
+    async def _send(
+        self,
+        method: str,
+        container: str,
+        key: str,
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+        body: Any = None,
+        *,
+        stream: bool = False,
+    ) -> Any:
+        from azure.core.pipeline.transport import HttpRequest
+
+        blob = self.service.get_blob_client(container, key)
+        request = HttpRequest(
+            method, blob.url, {"x-ms-version": blob.api_version, **headers}, data=body
+        )
+        request.format_parameters({name: _quoted(value) for name, value in query.items()})
+        # A refused bearer token would be offered once more, with what is left of the body.
+        hook = {} if body is None else {"raw_response_hook": _stop_at_refusal}
+        answer = await self.service._pipeline.run(request, stream=stream, **hook)
+        response = answer.http_response
+        if response.status_code >= 400:
+            if stream:
+                await response.load_body()
+            raise _error(response)
+        return response
+
+
+def _stop_at_refusal(answer: Any) -> None:
+    if answer.http_response.status_code == 401:
+        raise _error(answer.http_response)
+
+
+def _error(response: Any) -> Exception:
+    from azure.core.exceptions import HttpResponseError
+
+    text = response.body().decode("utf-8", "replace") if response.status_code >= 400 else ""
+    return HttpResponseError(message=text or str(response.reason), response=response)
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {str(name).lower(): str(value) for name, value in headers.items()}
+
+
+def _quoted(value: str) -> str:
+    from urllib.parse import quote
+
+    return quote(value, safe="")
+
+
+class _Watched(io.BytesIO):
+    """A request's body that notices when nobody takes it.
+
+    The client has a time limit for answers, none for sending.
+    """
+
+    def __init__(self, data: bytes, stall_timeout: float) -> None:
+        """Send ``data``; give up after ``stall_timeout`` seconds in which none of it moves."""
+        super().__init__(data)
+        self._size = len(data)
+        self._limit = stall_timeout
+        self._moved = time.monotonic()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes."""
+        self._moved = time.monotonic()
+        return super().read(size)
+
+    async def sent_by(self, request: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Make the request that this is the body of, and return its answer."""
+        self._moved = time.monotonic()
+        task = asyncio.ensure_future(request())
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=self._limit / 4)
+                idle = time.monotonic() - self._moved
+                if not task.done() and self.tell() < self._size and idle > self._limit:
+                    raise TimeoutError(
+                        f"the store took {self.tell()} of {self._size} bytes and then none for "
+                        f"{self._limit:g} s"
+                    )
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+
+def connect(
+    access: Access, network: Network, options: OpenOptions, attempts: int | None
+) -> Connection:
+    """Return a new client; no connection is made yet.
+
+    Args:
+        access: the account, its address and the credential.
+        network: proxy and certificates.
+        options: time-outs and the number of connections.
+        attempts: of each request; the client's own choice if none.
+    """
+    try:
+        import aiohttp
+        from azure.core.credentials import AzureSasCredential
+        from azure.core.pipeline.transport import AioHttpTransport
+        from azure.storage.blob.aio import BlobServiceClient
+    except ImportError as exc:
+        raise ConfigurationError(
+            f"Azure needs the package adlfs with all that it needs ({one_line(exc)}); "
+            'run: pip install "modelstorage[azure]"'
+        ) from exc
+    from fsspec.asyn import get_loop
+
+    # A library is silent unless asked; without a handler warnings would go to stderr.
+    logging.getLogger("azure").addHandler(logging.NullHandler())
+    arguments: dict[str, Any] = {"permit_redirects": False}
+    if attempts is not None:
+        arguments["retry_total"] = attempts - 1
+    if (proxy := network.proxy or _ambient_proxy(access.endpoint)) is not None:
+        arguments["proxies"] = {"http": proxy, "https": proxy}
+    credential: Any = access.tokens
+    if access.key is not None:
+        credential = {"account_name": access.account, "account_key": access.key}
+    elif access.sas is not None:
+        credential = AzureSasCredential(access.sas)
+    tls = _tls(network)
+
+    async def make() -> Connection:
+        # Twice what the engine uses, because a thread that writes what it reads from the same
+        # container holds two connections and must not wait for the second for ever.
+        connector = aiohttp.TCPConnector(limit=2 * options.connections, **tls)
+        session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            # It would take passwords of a netrc for the store's, too.
+            trust_env=False,
+        )
+        try:
+            transport = AioHttpTransport(
+                session=session,
+                connection_timeout=options.connect_timeout,
+                read_timeout=options.stall_timeout,
+            )
+            service = BlobServiceClient(
+                access.endpoint,
+                credential=credential,
+                transport=transport,
+                **arguments,
+            )
+        except BaseException:
+            await session.close()
+            raise
+        weakref.finalize(service, _free, session, loop, os.getpid())
+        return Connection(loop, service, access, options)
+
+    loop = get_loop()
+    return asyncio.run_coroutine_threadsafe(make(), loop).result()
+
+
+def _free(session: Any, loop: Any, pid: int) -> None:
+    """Close what nobody has closed, before aiohttp complains of it on stderr."""
+    if session.closed or os.getpid() != pid or not loop.is_running():
+        return
+    closed = asyncio.run_coroutine_threadsafe(session.close(), loop)
+    with suppress(RuntimeError):
+        if asyncio.get_running_loop() is loop:
+            return
+    with suppress(Exception):
+        closed.result(timeout=1)
+
+
+def _ambient_proxy(endpoint: str) -> str | None:
+    from urllib.request import getproxies, proxy_bypass
+
+    parts = urlsplit(endpoint)
+    if not parts.hostname or proxy_bypass(parts.netloc):
+        return None
+    return getproxies().get(parts.scheme)
+
+
+def _tls(network: Network) -> dict[str, Any]:
+    import ssl
+
+    if not network.verify:
+        return {"ssl": False}
+    if network.bundle is None:
+        return {}
+    try:
+        return {"ssl": ssl.create_default_context(cafile=network.bundle)}
+    except (OSError, ssl.SSLError) as exc:
+        raise ConfigurationError(
+            f"the CA bundle {network.bundle} cannot be used: {one_line(exc)}"
+        ) from exc

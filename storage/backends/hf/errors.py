@@ -1,0 +1,247 @@
+"""What the Hub answers and what ``requests`` raises, in our words."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from storage.backends.drivers.fsspec_errors import Kind, error, retry_after
+from storage.errors import (
+    AuthenticationError,
+    BucketMissingError,
+    ConfigurationError,
+    InsufficientSpaceError,
+    ModelMissingError,
+    ObjectChangedError,
+    StorageError,
+    TransientError,
+    UnreachableError,
+    UnsupportedOperation,
+    one_line,
+)
+
+__all__ = ["from_answer", "from_storage", "translated", "understood"]
+
+_STATUS: dict[int, Kind] = {
+    404: ModelMissingError,
+    405: UnsupportedOperation,
+    407: AuthenticationError,
+    408: TransientError,
+    410: ModelMissingError,
+    412: ObjectChangedError,
+    416: ObjectChangedError,
+    425: TransientError,
+    429: TransientError,
+    501: UnsupportedOperation,
+    507: InsufficientSpaceError,
+}
+# The first one that fits an exception counts; by class name, for the classes are in modules
+# that are not imported for their exceptions' sake.
+_NAMES: tuple[tuple[str, Kind], ...] = (
+    ("requests.ProxyError", UnreachableError),
+    ("requests.ConnectTimeout", UnreachableError),
+    ("requests.Timeout", TransientError),
+    ("requests.ConnectionError", TransientError),
+    ("requests.ChunkedEncodingError", TransientError),
+    ("requests.ContentDecodingError", TransientError),
+    ("requests.InvalidURL", ConfigurationError),
+    ("requests.InvalidSchema", ConfigurationError),
+    ("requests.MissingSchema", ConfigurationError),
+    ("requests.InvalidHeader", ConfigurationError),
+    ("requests.RequestException", StorageError),
+    ("urllib3.HTTPError", TransientError),
+    ("builtins.UnicodeError", ConfigurationError),
+)
+_NAMELESS = "Invalid username or password"
+_UNREACHABLE = {"urllib3.NewConnectionError", "urllib3.ConnectTimeoutError"}
+_TLS_SETTINGS = re.compile(
+    r"WRONG_VERSION_NUMBER|HTTP_REQUEST|UNKNOWN_PROTOCOL|RECORD_LAYER|NO_START_LINE|NO_CERTIFICATE"
+    r"|PEM|BAD_BASE64"
+)
+_RESET = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
+
+
+def from_answer(
+    where: str,
+    status: int,
+    headers: Mapping[str, str],
+    message: str = "",
+    *,
+    anonymous: bool = False,
+    reading: bool = True,
+) -> StorageError:
+    """Return the error of ours for an error answer of the Hub or its content network.
+
+    Args:
+        where: the object's URI.
+        status: of HTTP.
+        headers: of the answer; names in any case, if the mapping does not care.
+        message: what the Hub says in words.
+        anonymous: whether the request brought no token.
+        reading: whether it only asked for something.
+    """
+    code = headers.get("X-Error-Code", "")
+    message = headers.get("X-Error-Message") or message
+    # So the public Hub answers those who give no name, whatever it is that is not there.
+    nameless = status == 401 and anonymous and reading and message.startswith(_NAMELESS)
+    if code == "RepoNotFound" or (nameless and not code):
+        who = "no token was sent" if anonymous else "the token's account may not see it"
+        return BucketMissingError(
+            where,
+            f"{where}: the Hub shows no such repository; its name or type (datasets/, spaces/) "
+            f"is wrong, or it is private and {who}; repositories are not made by an upload",
+        )
+    if code == "RevisionNotFound":
+        return ModelMissingError(
+            where, f"{where}: the repository has no branch, tag or commit of that name"
+        )
+    if code == "EntryNotFound":
+        return ModelMissingError(where)
+    if code == "GatedRepo":
+        how = "send the token of an account that did" if anonymous else "or use another account"
+        return AuthenticationError(
+            f"{where}: the repository is gated; accept its terms on its page of the Hub, {how}"
+        )
+    if status in (401, 403):
+        return _refused(where, status, message, anonymous)
+    kind = _STATUS.get(status, TransientError if status >= 500 else StorageError)
+    wait = _wait(headers) if issubclass(kind, TransientError) else None
+    return error(kind, where, f"{status}: {message}" if message else str(status), wait)
+
+
+def from_storage(where: str, host: str, status: int, headers: Mapping[str, str]) -> StorageError:
+    """Return the error of ours for an error answer of the storage that the Hub leads to.
+
+    It knows nobody's account, only signed addresses, and these expire: where it refuses one,
+    another attempt gets another one.
+    """
+    if status in (400, 401, 403, 404, 410):
+        return TransientError(
+            f"{where}: {one_line(host)} did not accept the address that the Hub gave ({status}); "
+            "a proxy or a firewall may stand in the way"
+        )
+    # Its words are not the Hub's, and may repeat the address with its signature.
+    kept = {"Retry-After": headers["Retry-After"]} if "Retry-After" in headers else {}
+    return from_answer(where, status, kept)
+
+
+@contextmanager
+def understood(where: str) -> Iterator[None]:
+    """Turn what happens when an answer is not made as the Hub makes it into an error of ours."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as exc:
+        if isinstance(exc, StorageError):
+            raise
+        raise StorageError(
+            f"{where}: the answer is not one of a Hub ({type(exc).__name__}); check the endpoint "
+            "and the proxy"
+        ) from exc
+
+
+def _refused(where: str, status: int, message: str, anonymous: bool) -> AuthenticationError:
+    said = f"{status}: {one_line(message)}" if message else str(status)
+    if anonymous:
+        return AuthenticationError(
+            f"{where}: the Hub refused a request without a token ({said}); give one by "
+            "HFConfig(token=…), HF_TOKEN or `hf auth login`"
+        )
+    return AuthenticationError(
+        f"{where}: the Hub refused the token ({said}); check that it is valid and permits this "
+        "operation"
+    )
+
+
+def _wait(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that an answer asks to wait."""
+    found = retry_after({"retry-after": headers.get("Retry-After")})
+    if found is None and (match := _RESET.search(headers.get("RateLimit", ""))):
+        # '"api";r=0;t=55': nothing left of this allowance for 55 seconds.
+        found = float(match.group(1))
+    return found
+
+
+@contextmanager
+def translated(where: str) -> Iterator[None]:
+    """Turn what ``requests`` and urllib3 raise in the block into an error of ours.
+
+    Its cause is the system's own error, if there is one: those around it repeat the address,
+    which may be signed, and hold the request with its token.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as exc:
+        reasons = list(_reasons(exc))
+        found = _classify(exc, reasons, where)
+        if found is None:
+            raise
+        try:
+            raise found from next((one for one in reasons if _is_of_the_system(one)), None)
+        finally:
+            found.__context__ = None
+
+
+def _is_of_the_system(exc: BaseException) -> bool:
+    return isinstance(exc, OSError) and not _lineage(exc) & {
+        "requests.RequestException",
+        "urllib3.HTTPError",
+    }
+
+
+def _classify(exc: Exception, reasons: list[BaseException], where: str) -> StorageError | None:
+    lineage = _lineage(exc)
+    if "requests.SSLError" in lineage or "urllib3.SSLError" in lineage:
+        return _tls(exc, reasons, where)
+    for name, kind in _NAMES:
+        if name in lineage:
+            if any(_UNREACHABLE & _lineage(reason) for reason in reasons):
+                kind = UnreachableError
+            return error(kind, where, _summary(exc, reasons))
+    return None
+
+
+def _tls(exc: Exception, reasons: list[BaseException], where: str) -> StorageError:
+    if any(
+        isinstance(one, ssl.SSLCertVerificationError) or type(one).__name__ == "CertificateError"
+        for one in reasons
+    ):
+        return ConfigurationError(
+            f"{where}: the Hub's TLS certificate is not trusted; name its authority in "
+            "ca_bundle, REQUESTS_CA_BUNDLE or SSL_CERT_FILE"
+        )
+    said = " ".join(str(one) for one in reasons if isinstance(one, ssl.SSLError))
+    if _TLS_SETTINGS.search(said):
+        return ConfigurationError(
+            f"{where}: no TLS with the Hub: it does not speak it at that port, or the file of "
+            "authorities holds none; check the endpoint, ca_bundle, REQUESTS_CA_BUNDLE and "
+            "SSL_CERT_FILE"
+        )
+    return error(TransientError, where, _summary(exc, reasons))
+
+
+def _lineage(exc: BaseException) -> set[str]:
+    return {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(exc).__mro__}
+
+
+def _reasons(exc: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and what urllib3 and requests wrapped in it."""
+    seen: list[BaseException] = [exc]
+    for current in seen:
+        yield current
+        if len(seen) > 8:
+            return
+        inner: list[Any] = [getattr(current, "reason", None), current.__cause__, *current.args]
+        seen += [each for each in inner if isinstance(each, BaseException) and each not in seen]
+
+
+def _summary(exc: BaseException, reasons: list[BaseException]) -> str:
+    # Not str(exc): it holds the path and the query, which may be signed.
+    for reason in reversed(reasons):
+        if isinstance(reason, OSError) and reason.strerror:
+            return f"{type(exc).__name__}: {reason.strerror}"
+    return type(exc).__name__

@@ -1,0 +1,1 @@
+"""Plain HTTP and HTTPS."""
