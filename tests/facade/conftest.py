@@ -26,7 +26,6 @@ from tests.facade.stores import (
     stores_with,
 )
 
-
 # Second servers and second drivers: for the inner loop, one of each kind will do.
 SLOW_STORES = ("moto-obstore", "moto-fsspec", "seaweedfs-fsspec", "azurite-fsspec")
 
