@@ -94,13 +94,19 @@ class S3Server(Server):
         """Delete all that a bucket holds: objects, versions, unfinished uploads."""
         for key, upload in self.pending_uploads(name):
             self.raw.abort_multipart_upload(Bucket=name, Key=key, UploadId=upload)
-        for page in self.raw.get_paginator("list_object_versions").paginate(Bucket=name):
+        # Always the first page: moto loses its place when what it named last is deleted.
+        while True:
+            page = self.raw.list_object_versions(Bucket=name)
             doomed = [
                 {"Key": entry["Key"], "VersionId": entry["VersionId"]}
                 for entry in (*page.get("Versions", ()), *page.get("DeleteMarkers", ()))
             ]
-            if doomed:
-                self.raw.delete_objects(Bucket=name, Delete={"Objects": doomed, "Quiet": True})
+            if not doomed:
+                return
+            answer = self.raw.delete_objects(
+                Bucket=name, Delete={"Objects": doomed, "Quiet": True}
+            )
+            assert not answer.get("Errors"), answer["Errors"][:3]
 
     @contextlib.contextmanager
     def bucket(self, name: str) -> Iterator[str]:
