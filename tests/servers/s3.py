@@ -103,9 +103,7 @@ class S3Server(Server):
             ]
             if not doomed:
                 return
-            answer = self.raw.delete_objects(
-                Bucket=name, Delete={"Objects": doomed, "Quiet": True}
-            )
+            answer = self.raw.delete_objects(Bucket=name, Delete={"Objects": doomed, "Quiet": True})
             assert not answer.get("Errors"), answer["Errors"][:3]
 
     @contextlib.contextmanager
