@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import os
-import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from storage.backends.base import OpenOptions
 from storage.backends.drivers.fsspec_parts import run
+from storage.backends.drivers.streams import Watched
 from storage.errors import ConfigurationError, one_line
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class Connection:
         Raises:
             TimeoutError: the store stopped to take the body.
         """
-        body = _Watched(data, self._stall_timeout)
+        body = Watched(data, self._stall_timeout)
         headers = {
             # The client would add one after the request is signed.
             "Content-Type": "application/octet-stream",
@@ -102,8 +101,7 @@ class Connection:
         def request() -> Coroutine[Any, Any, Any]:
             return self._send("PUT", container, key, query or {}, headers, body if data else None)
 
-        async with self.slots:
-            response = await body.sent_by(request)
+        response = await body.sent_by(request, self.slots)
         if response.status_code != 201:
             # A redirect, or somebody else's page: nothing was stored.
             raise _error(response)
@@ -158,44 +156,6 @@ def _quoted(value: str) -> str:
     from urllib.parse import quote
 
     return quote(value, safe="")
-
-
-class _Watched(io.BytesIO):
-    """A request's body that notices when nobody takes it.
-
-    The client has a time limit for answers, none for sending.
-    """
-
-    def __init__(self, data: bytes, stall_timeout: float) -> None:
-        """Send ``data``; give up after ``stall_timeout`` seconds in which none of it moves."""
-        super().__init__(data)
-        self._size = len(data)
-        self._limit = stall_timeout
-        self._moved = time.monotonic()
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next bytes."""
-        self._moved = time.monotonic()
-        return super().read(size)
-
-    async def sent_by(self, request: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        """Make the request that this is the body of, and return its answer."""
-        self._moved = time.monotonic()
-        task = asyncio.ensure_future(request())
-        try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=self._limit / 4)
-                idle = time.monotonic() - self._moved
-                if not task.done() and self.tell() < self._size and idle > self._limit:
-                    raise TimeoutError(
-                        f"the store took {self.tell()} of {self._size} bytes and then none for "
-                        f"{self._limit:g} s"
-                    )
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
 
 
 def connect(

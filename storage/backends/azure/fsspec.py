@@ -26,7 +26,7 @@ from storage.backends.azure.answers import (
     translated,
 )
 from storage.backends.azure.client import Connection, connect
-from storage.backends.azure.upload import BlockUpload, block_sizes, exactly
+from storage.backends.azure.upload import BlockUpload, block_sizes
 from storage.backends.base import (
     Body,
     ByteRange,
@@ -37,11 +37,11 @@ from storage.backends.base import (
 )
 from storage.backends.drivers.fsspec import FsspecBackend
 from storage.backends.drivers.fsspec_parts import Chunks, arriving, run
+from storage.backends.drivers.streams import send_payload
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
     ConfigurationError,
-    IntegrityError,
     InvalidInput,
     ModelMissingError,
     ObjectChangedError,
@@ -276,30 +276,24 @@ class AzureFsspecBackend(FsspecBackend):
         on_bytes: Callable[[int], object] | None,
     ) -> tuple[Mapping[str, str], int]:
         where = self.where(key)
-        sizes = block_sizes(payload.size, self._options.memory)
         connection: Connection = self._shared()
-        with payload.open() as stream:
-            block = exactly(stream, next(sizes))
-            following = exactly(stream, next(sizes)) if block else b""
-            if not following:
-                _check_size(where, payload.size, len(block))
-                headers = {**headers, "x-ms-blob-type": "BlockBlob"}
-                with translated(where):
-                    answer = run(connection, connection.put(self._container, key, headers, block))
-                if on_bytes is not None and block:
-                    on_bytes(len(block))
-                return answer, len(block)
-            upload = BlockUpload(connection, self._container, key, self._options, where, on_bytes)
-            with upload:
-                total = 0
-                while block:
-                    total += len(block)
-                    upload.send(block)
-                    block, following = following, b""
-                    if block:
-                        following = exactly(stream, next(sizes))
-                _check_size(where, payload.size, total)
-                return upload.complete(headers), total
+
+        def whole(data: bytes) -> Mapping[str, str]:
+            with translated(where):
+                request = {**headers, "x-ms-blob-type": "BlockBlob"}
+                return run(connection, connection.put(self._container, key, request, data))
+
+        return send_payload(
+            payload,
+            block_sizes(payload.size, self._options.memory),
+            where,
+            whole=whole,
+            begin=lambda: BlockUpload(
+                connection, self._container, key, self._options, where, on_bytes
+            ),
+            complete=lambda upload: upload.complete(headers),
+            on_bytes=on_bytes,
+        )
 
     def copy(
         self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
@@ -465,11 +459,3 @@ class AzureFsspecBackend(FsspecBackend):
             connection = connect(self._access(), self._network(), self._options, attempts=None)
             fs.service_client = connection.service
         return fs, self._container
-
-
-def _check_size(where: str, announced: int | None, found: int) -> None:
-    if announced is not None and announced != found:
-        raise IntegrityError(
-            f"{where}: {announced} bytes were announced and {found} came; the source changed "
-            "while it was read, so nothing is stored"
-        )

@@ -5,53 +5,26 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, BinaryIO, Self
+from functools import partial
+from typing import Any, Self
 
 from storage.backends.azure.answers import translated
 from storage.backends.azure.client import Connection
 from storage.backends.base import OpenOptions
 from storage.backends.drivers.fsspec_parts import run
+from storage.backends.drivers.streams import part_sizes
 
-__all__ = ["BlockUpload", "block_sizes", "exactly"]
+__all__ = ["BlockUpload", "block_sizes"]
 
 _MIB = 1024 * 1024
-_BLOCK = 16 * _MIB
 _SMALLEST_BLOCK = 4 * _MIB
 _MAX_BLOCKS = 50_000
 
 
-def block_sizes(size: int | None, memory: int) -> Iterator[int]:
-    """Yield the sizes of an upload's blocks; the last one may turn out smaller.
-
-    Args:
-        size: of the blob; ``None`` if unknown, and then the blocks grow, so that Azure's
-            50,000 are enough for anything.
-        memory: bytes that one upload may hold.
-    """
-    block = min(_BLOCK, max(_SMALLEST_BLOCK, memory // 8))
-    if size is not None:
-        block = max(block, -(-size // _MAX_BLOCKS))
-        while True:
-            yield block
-    number = 0
-    while True:
-        yield block << (number // 10_000)
-        number += 1
-
-
-def exactly(stream: BinaryIO, size: int) -> bytes:
-    """Return ``size`` bytes of a stream, fewer at its end."""
-    block = stream.read(size)
-    if len(block) == size or not block:
-        return block
-    blocks = [block]
-    missing = size - len(block)
-    while missing and (block := stream.read(missing)):
-        blocks.append(block)
-        missing -= len(block)
-    return b"".join(blocks)
+block_sizes = partial(part_sizes, smallest=_SMALLEST_BLOCK, most=_MAX_BLOCKS, double_after=10_000)
+"""The sizes of the blocks of a blob of some size, out of some memory."""
 
 
 class BlockUpload:

@@ -29,11 +29,11 @@ from storage.backends.base import (
     md5_hint,
 )
 from storage.backends.drivers.obstore_errors import Classify, check_headers, translated
+from storage.backends.drivers.streams import check_size, exactly
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
     ConfigurationError,
-    IntegrityError,
     InvalidInput,
     ModelMissingError,
     StorageError,
@@ -483,22 +483,9 @@ class _Blocks:
         self.total = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        while block := self._next():
+        while block := exactly(self._stream, self._part_size):
+            self.total += len(block)
             yield block
             if self._on_bytes is not None:
                 self._on_bytes(len(block))
-        if self._announced is not None and self.total != self._announced:
-            raise IntegrityError(
-                f"{self._where}: {self._announced} bytes were announced and {self.total} came; "
-                "the source changed while it was read; nothing was stored"
-            )
-
-    def _next(self) -> bytes:
-        pieces = []
-        missing = self._part_size
-        while missing and (piece := self._stream.read(missing)):
-            pieces.append(piece)
-            missing -= len(piece)
-        block = b"".join(pieces)
-        self.total += len(block)
-        return block
+        check_size(self._where, self._announced, self.total)

@@ -11,7 +11,7 @@ from storage.backends.base import OpenOptions
 from storage.backends.drivers.fsspec import FsspecBackend
 from storage.backends.drivers.fsspec_errors import Kind
 from storage.backends.drivers.fsspec_parts import run
-from storage.backends.drivers.fsspec_streams import Watched
+from storage.backends.drivers.streams import Watched
 from storage.backends.gcs.answers import from_answer, said, translated
 from storage.backends.gcs.sign import Signer
 from storage.backends.gcs.upload import Answer

@@ -27,8 +27,8 @@ from storage.backends.base import (
 )
 from storage.backends.drivers.fsspec import MIB
 from storage.backends.drivers.fsspec_parts import Chunks, arriving, run
-from storage.backends.drivers.fsspec_streams import check_size, exactly, extent
 from storage.backends.drivers.obstore_errors import fits_header
+from storage.backends.drivers.streams import check_size, exactly, extent
 from storage.backends.gcs.answers import (
     from_answer,
     info_of_headers,

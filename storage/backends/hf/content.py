@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, Self
 
 from storage.backends.base import Payload
+from storage.backends.drivers.streams import exactly
 from storage.errors import (
     DestinationError,
     InsufficientSpaceError,
@@ -137,12 +138,12 @@ class Source:
                 self._kept[key] = content
             elif payload.size <= min(_SMALL, self._room):
                 # One more than announced, to see whether there is more.
-                data = _read(stream, payload.size + 1)
+                data = exactly(stream, payload.size + 1)
                 _check_size(where, payload.size, len(data))
                 content = self._kept[key] = Content.of_bytes(data)
                 self._room -= len(data)
             else:
-                return payload.size, _read(stream, SAMPLE)
+                return payload.size, exactly(stream, SAMPLE)
         return content.size, content.read_at(SAMPLE, 0)
 
     @contextmanager
@@ -252,13 +253,6 @@ def _disk_errors() -> Iterator[None]:
         )
         full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (InsufficientSpaceError if full else DestinationError)(text) from exc
-
-
-def _read(stream: BinaryIO, wanted: int) -> bytes:
-    data = bytearray()
-    while len(data) < wanted and (piece := stream.read(wanted - len(data))):
-        data += piece
-    return bytes(data)
 
 
 def _check_size(where: str, announced: int | None, found: int) -> None:

@@ -24,7 +24,7 @@ from storage.backends.base import (
 )
 from storage.backends.drivers.fsspec import MIB, FsspecBackend
 from storage.backends.drivers.fsspec_parts import Chunks, arriving, run
-from storage.backends.drivers.fsspec_streams import Watched, check_size, exactly, extent
+from storage.backends.drivers.streams import Watched, extent, send_payload
 from storage.backends.s3.answers import described, from_code, translated, version_of
 from storage.backends.s3.multipart import MultipartUpload, part_sizes
 from storage.backends.s3.session import PLAIN_ARGUMENTS, new_session
@@ -357,27 +357,15 @@ class S3FsspecBackend(FsspecBackend):
         condition: dict[str, str],
         on_bytes: Callable[[int], object] | None,
     ) -> tuple[dict[str, Any], int]:
-        where = self.where(attributes["Key"])
-        sizes = part_sizes(payload.size, self._options.memory)
-        with payload.open() as stream:
-            part = exactly(stream, next(sizes))
-            following = exactly(stream, next(sizes)) if part else b""
-            if not following:
-                check_size(where, payload.size, len(part))
-                answer = self._put(part, attributes, condition)
-                if on_bytes is not None and part:
-                    on_bytes(len(part))
-                return answer, len(part)
-            with self._multipart(attributes, on_bytes) as upload:
-                total = 0
-                while part:
-                    total += len(part)
-                    upload.send(part)
-                    part, following = following, b""
-                    if part:
-                        following = exactly(stream, next(sizes))
-                check_size(where, payload.size, total)
-                return upload.complete(condition), total
+        return send_payload(
+            payload,
+            part_sizes(payload.size, self._options.memory),
+            self.where(attributes["Key"]),
+            whole=lambda data: self._put(data, attributes, condition),
+            begin=lambda: self._multipart(attributes, on_bytes),
+            complete=lambda upload: upload.complete(condition),
+            on_bytes=on_bytes,
+        )
 
     def _put(
         self, data: bytes, attributes: dict[str, Any], condition: dict[str, str]

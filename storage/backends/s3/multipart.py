@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from typing import Any, Self
 
 from storage.backends.base import OpenOptions
+from storage.backends.drivers import streams
 from storage.backends.drivers.fsspec_parts import run
-from storage.backends.drivers.fsspec_streams import Watched
+from storage.backends.drivers.streams import Watched
 from storage.backends.s3.answers import translated
 from storage.errors import one_line
 
@@ -20,29 +22,15 @@ Answer = dict[str, Any]
 Request = Callable[..., Coroutine[Any, Any, Answer]]
 
 _MIB = 1024 * 1024
-_PART = 16 * _MIB
 _SMALLEST_PART = 5 * _MIB
 _MAX_PARTS = 10_000
 _log = logging.getLogger(__name__)
 
 
-def part_sizes(size: int | None, memory: int) -> Iterator[int]:
-    """Yield the sizes of an upload's parts; the last one may turn out smaller.
-
-    Args:
-        size: of the object; ``None`` if unknown, and then the parts grow, so that the store's
-            10,000 parts are enough for anything.
-        memory: bytes that one upload may hold.
-    """
-    part = min(_PART, max(_SMALLEST_PART, memory // 8))
-    if size is not None:
-        part = max(part, -(-size // _MAX_PARTS))
-        while True:
-            yield part
-    number = 0
-    while True:
-        yield part << (number // 1000)
-        number += 1
+part_sizes = partial(
+    streams.part_sizes, smallest=_SMALLEST_PART, most=_MAX_PARTS, double_after=1_000
+)
+"""The sizes of the parts of an object of some size, out of some memory."""
 
 
 class MultipartUpload:

@@ -6,10 +6,10 @@ import asyncio
 import io
 import re
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Protocol, Self, TypeVar
 
-from storage.backends.base import ByteRange
+from storage.backends.base import ByteRange, Payload
 from storage.errors import (
     IntegrityError,
     ObjectChangedError,
@@ -17,9 +17,13 @@ from storage.errors import (
     UnsupportedOperation,
 )
 
-__all__ = ["Watched", "check_size", "exactly", "extent"]
+__all__ = ["Parts", "Watched", "check_size", "exactly", "extent", "part_sizes", "send_payload"]
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Parts")
+
+_MIB = 1024 * 1024
+_PART = 16 * _MIB
 
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -80,6 +84,89 @@ def exactly(stream: Any, size: int) -> bytes:
         blocks.append(block)
         missing -= len(block)
     return b"".join(blocks)
+
+
+def part_sizes(
+    size: int | None, memory: int, *, smallest: int, most: int, double_after: int
+) -> Iterator[int]:
+    """Yield the sizes of an upload's parts; the last one may turn out smaller.
+
+    Args:
+        size: of the object; ``None`` if unknown, and then the parts grow, so that ``most`` of
+            them are enough for anything.
+        memory: bytes that one upload may hold.
+        smallest: bytes that a part has at least.
+        most: parts that the store takes.
+        double_after: parts of one size, where the object's is unknown.
+    """
+    part = min(_PART, max(smallest, memory // 8))
+    if size is not None:
+        part = max(part, -(-size // most))
+        while True:
+            yield part
+    number = 0
+    while True:
+        yield part << (number // double_after)
+        number += 1
+
+
+class Parts(Protocol):
+    """An object on its way up in parts. Leaving its block by an exception ends it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: Any, exc: Any, traceback: Any, /) -> None: ...
+
+    def send(self, data: bytes) -> None:
+        """Send the next part."""
+
+
+def send_payload(
+    payload: Payload,
+    sizes: Iterator[int],
+    where: str,
+    *,
+    whole: Callable[[bytes], T],
+    begin: Callable[[], P],
+    complete: Callable[[P], T],
+    on_bytes: Callable[[int], object] | None,
+) -> tuple[T, int]:
+    """Send a payload in one request if it is no more than one part, else in parts.
+
+    Args:
+        payload: what to send.
+        sizes: of the parts.
+        where: the object's URI, for messages.
+        whole: sends all of it at once.
+        begin: begins an upload in parts, which counts its own bytes.
+        complete: makes one object of the parts.
+        on_bytes: called with the size of what is sent at once.
+
+    Returns:
+        The store's answer, and the size.
+
+    Raises:
+        IntegrityError: the payload is not of the size that it announces; nothing is stored.
+    """
+    with payload.open() as stream:
+        part = exactly(stream, next(sizes))
+        following = exactly(stream, next(sizes)) if part else b""
+        if not following:
+            check_size(where, payload.size, len(part))
+            answer = whole(part)
+            if on_bytes is not None and part:
+                on_bytes(len(part))
+            return answer, len(part)
+        with begin() as upload:
+            total = 0
+            while part:
+                total += len(part)
+                upload.send(part)
+                part, following = following, b""
+                if part:
+                    following = exactly(stream, next(sizes))
+            check_size(where, payload.size, total)
+            return complete(upload), total
 
 
 def check_size(where: str, announced: int | None, found: int) -> None:
