@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,7 +16,7 @@ from storage.errors import ConfigurationError
 if TYPE_CHECKING:
     from storage.config.base import NetworkConfig
 
-__all__ = ["Network", "with_timeouts"]
+__all__ = ["Network", "hide_queries", "with_timeouts"]
 
 _BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
@@ -97,3 +99,17 @@ def with_timeouts(options: OpenOptions, config: NetworkConfig | None) -> OpenOpt
         config.read_timeout or options.stall_timeout,
         options.memory,
     )
+
+
+def hide_queries() -> None:
+    """Keep the queries of URLs out of what urllib3 logs; those of signed ones are credentials."""
+    for name in ("urllib3.connectionpool", "urllib3.util.retry"):
+        logging.getLogger(name).addFilter(_without_queries)
+
+
+def _without_queries(record: logging.LogRecord) -> bool:
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            re.sub(r"\?.*", "?…", one) if isinstance(one, str) else one for one in record.args
+        )
+    return True

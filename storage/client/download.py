@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from storage.cache.snapshots import SnapshotStore, source_id
+from storage.config.ambient import is_true
 from storage.digest import Digest, hash_file, tree_digest
 from storage.errors import IntegrityError, InvalidInput, OfflineError, UnreachableError
 from storage.transfer.destination import Destination, check_space, translate_os_errors
@@ -44,7 +45,8 @@ class Download:
         self._patterns = patterns
         self._expected = _expected(location, digest)
         self._unpack = unpack
-        if offline is not False and location.scheme == "hf" and _hub_is_offline():
+        # The Hub's own switch, which its users set already.
+        if offline is not False and location.scheme == "hf" and is_true("HF_HUB_OFFLINE"):
             offline = True
         self._offline = client.settings.offline if offline is None else offline
         if self._offline not in (True, False, "auto"):
@@ -260,11 +262,6 @@ def _expected(location: Location, digest: str | Digest | None) -> Digest | None:
             f"{location}: the URI expects {named} and the call expects {given}; drop one"
         )
     return given or named
-
-
-def _hub_is_offline() -> bool:
-    # The Hub's own switch, which its users set already.
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _files_below(folder: str) -> list[str]:

@@ -9,7 +9,6 @@ sent by ``requests``. ``huggingface_hub`` knows the login and gives the fsspec f
 from __future__ import annotations
 
 import json as encoder
-import logging
 import os
 import re
 import threading
@@ -19,6 +18,8 @@ from urllib.parse import urlencode, urljoin, urlsplit
 
 from storage.backends.base import OpenOptions
 from storage.backends.hf.errors import from_answer, from_storage, translated
+from storage.backends.network import Network, hide_queries, with_timeouts
+from storage.config.ambient import is_true
 from storage.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from storage.config import HFConfig
 
-__all__ = ["HubSession", "check_online", "hub_endpoint", "hub_token", "is_true"]
+__all__ = ["HubSession", "check_online", "hub_endpoint", "hub_token"]
 
 _PUBLIC = "https://huggingface.co"
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -42,11 +43,6 @@ _PATIENCE = 300.0
 _SMALL = 64 * 1024
 _MAX_ANSWER = 64 * 1024 * 1024
 _PLAIN_URL = re.compile(r"(?i)https?://[^\s\\/?#@\x00-\x20\x7f]+(?:[/?#]|$)")
-
-
-def is_true(variable: str) -> bool:
-    """Tell whether an environment variable says yes, by the rules of ``huggingface_hub``."""
-    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def check_online(where: str) -> None:
@@ -131,11 +127,8 @@ class HubSession:
         """Keep what to use; the environment is read with each request."""
         self._config = config
         self._connections = options.connections
-        connect, stall = options.connect_timeout, options.stall_timeout
-        if config is not None:
-            connect = config.connect_timeout or connect
-            stall = config.read_timeout or stall
-        self._timeout = (connect, stall)
+        options = with_timeouts(options, config)
+        self._timeout = (options.connect_timeout, options.stall_timeout)
         self._lock = threading.Lock()
         self._session: requests.Session | None = None
 
@@ -357,8 +350,7 @@ class HubSession:
                     def get_redirect_target(self, resp: requests.Response) -> None:
                         return None
 
-                for name in ("urllib3.connectionpool", "urllib3.util.retry"):
-                    logging.getLogger(name).addFilter(_no_queries)
+                hide_queries()
                 session = Session()
                 # It would take a password from ~/.netrc, and mix the environment's proxies
                 # and authorities with those of the config.
@@ -371,31 +363,17 @@ class HubSession:
             return self._session
 
     def _proxies(self, url: str) -> dict[str, str]:
-        if self._config is not None and self._config.proxy is not None:
-            proxy = self._config.proxy.get_secret_value()
+        if (proxy := Network.of(self._config).proxy) is not None:
             return {"http": proxy, "https": proxy}
         from requests.utils import get_environ_proxies
 
         return dict(get_environ_proxies(url))
 
     def _verify(self) -> str | bool:
-        path: str | None = None
-        if self._config is not None and self._config.ca_bundle is not None:
-            path = str(self._config.ca_bundle)
-        for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
-            path = path or os.environ.get(variable)
+        path = Network.of(self._config).bundle
         if path and not os.path.exists(path):
             raise ConfigurationError(f"the CA bundle {path} cannot be read: there is no such file")
         return path or True
-
-
-def _no_queries(record: logging.LogRecord) -> bool:
-    """Take the queries out of what urllib3 logs; those of signed addresses are credentials."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(
-            re.sub(r"\?.*", "?…", one) if isinstance(one, str) else one for one in record.args
-        )
-    return True
 
 
 def _check_url(url: str, where: str) -> None:

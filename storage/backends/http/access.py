@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from storage.backends.base import OpenOptions
 from storage.backends.http.session import Access, Origin
+from storage.backends.network import Network, with_timeouts
 from storage.config import reveal
 from storage.errors import ConfigurationError, InvalidInput, redact
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["host_headers", "make_access"]
 
 _KSERVE_SUFFIX = "-headers"
-_BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 def make_access(url: str, config: HTTPConfig | None, options: OpenOptions) -> Access:
@@ -42,18 +42,18 @@ def make_access(url: str, config: HTTPConfig | None, options: OpenOptions) -> Ac
     if config is not None and config.client_cert is not None:
         # A key in the same file is named too: only then is an encrypted one noticed.
         cert = (config.client_cert, config.client_key or config.client_cert)
-    bundle = config.ca_bundle if config is not None else None
-    if bundle is None:
-        bundle = next((os.environ[name] for name in _BUNDLES if os.environ.get(name)), None)
+    network = Network.of(config)
+    options = with_timeouts(options, config)
     return Access(
         origin,
         _headers(url, origin, config),
-        verify=config is None or config.verify_ssl,
-        ca_bundle=bundle,
+        verify=network.verify,
+        # A folder of them will do for requests, other than for the clients of other stores.
+        ca_bundle=network.bundle or os.environ.get("SSL_CERT_DIR") or None,
         client_cert=cert,
-        proxy=reveal(config.proxy) if config is not None and config.proxy is not None else None,
-        connect_timeout=(config and config.connect_timeout) or options.connect_timeout,
-        stall_timeout=(config and config.read_timeout) or options.stall_timeout,
+        proxy=network.proxy,
+        connect_timeout=options.connect_timeout,
+        stall_timeout=options.stall_timeout,
         max_redirects=config.max_redirects if config is not None else 10,
         downgrade=config is not None and config.insecure_redirects,
         connections=options.connections,

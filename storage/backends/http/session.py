@@ -8,7 +8,6 @@ pooled connections, proxies and TLS.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import threading
@@ -27,6 +26,7 @@ import urllib3.exceptions
 from storage.backends.http.body import Upload
 from storage.backends.http.errors import failure
 from storage.backends.http.headers import url_text
+from storage.backends.network import hide_queries
 from storage.errors import ConfigurationError, StorageError, TransientError, redact
 
 __all__ = ["Access", "Answer", "Origin", "Transport", "check_files"]
@@ -344,7 +344,7 @@ class _Pools:
 
     @classmethod
     def acquire(cls, connections: int) -> _Pools:
-        _hush()
+        hide_queries()
         with cls._lock:
             pools = cls._shared.setdefault(connections, cls(connections))
             pools._users += 1
@@ -372,25 +372,6 @@ class _Pools:
 
 
 os.register_at_fork(after_in_child=lambda: setattr(_Pools, "_lock", threading.Lock()))
-
-
-class _NoQueries(logging.Filter):
-    """Takes queries out of what urllib3 logs; those of presigned URLs are credentials."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(
-                re.sub(r"\?.*", "?…", one) if isinstance(one, str) else one for one in record.args
-            )
-        return True
-
-
-_no_queries = _NoQueries()
-
-
-def _hush() -> None:
-    for name in ("urllib3.connectionpool", "urllib3.util.retry"):
-        logging.getLogger(name).addFilter(_no_queries)
 
 
 def check_files(access: Access) -> None:
