@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +11,7 @@ from storage.backends.base import BatchBackend, ObjectInfo
 from storage.digest import Digest
 from storage.errors import InvalidInput, ObjectChangedError, UnsupportedOperation
 from storage.transfer.copy import Source, stream_copy
-from storage.transfer.engine import run_tasks
+from storage.transfer.engine import LARGE_WRITE, run_by_size, run_tasks
 from storage.transfer.progress import Meter, ProgressCallback
 from storage.uri import Location
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Copy"]
 
-# Above this a backend sends parts in parallel by itself, within the memory for one transfer.
-_LARGE = 8 * 1024 * 1024
 # How often an object is begun again that was replaced while it was being read.
 _RESTARTS = 3
 
@@ -95,18 +92,14 @@ class Copy:
         return target.child(name).key if target.forces_tree else target.key
 
     def _one_by_one(self, pairs: list[tuple[ObjectInfo, str]], meter: Meter) -> None:
+        tasks = [(info.size, partial(self._copy, info, key, meter)) for info, key in pairs]
         budget = self._client.budget
-        small: list[Callable[[threading.Event], None]] = []
-        large: list[Callable[[threading.Event], None]] = []
-        for info, key in pairs:
-            heavy = not self._by_store and (info.size is None or info.size > _LARGE)
-            (large if heavy else small).append(partial(self._copy, info, key, meter))
-        for task in large:
-            run_tasks([task], budget, 1)
+        if self._by_store:
+            run_tasks([task for _, task in tasks], budget, len(tasks))
+            return
         # A small object may be in memory whole, and once more while it is handed over.
-        streams = max(1, self._client.settings.transfer.memory // (2 * _LARGE))
-        if small:
-            run_tasks(small, budget, len(small) if self._by_store else streams)
+        limit = max(1, self._client.settings.transfer.memory // (2 * LARGE_WRITE))
+        run_by_size(tasks, budget, limit)
 
     def _copy(self, info: ObjectInfo, key: str, meter: Meter, _: threading.Event) -> None:
         if not (self._by_store and self._copied_by_store(info, key, meter)):

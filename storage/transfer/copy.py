@@ -13,6 +13,7 @@ from storage.transfer.engine import TransferOptions
 from storage.transfer.progress import Meter
 from storage.transfer.reader import open_reader
 from storage.transfer.retry import RetryPolicy
+from storage.transfer.upload import write_item
 from storage.transfer.verify import algorithms_for, check_digests
 
 __all__ = ["Source", "stream_copy"]
@@ -104,19 +105,7 @@ def stream_copy(
     Raises:
         IntegrityError: the source's bytes are not what they should be.
     """
-    item = source.item(target, key)
-
-    def attempt() -> ObjectInfo:
-        with meter.attempt() as count:
-            return target.write(
-                key,
-                item.payload,
-                metadata=item.metadata,
-                content_type=item.content_type,
-                on_bytes=count,
-            )
-
-    return options.retry.run(attempt)
+    return options.retry.run(partial(write_item, target, source.item(target, key), meter))
 
 
 class _Arriving(io.RawIOBase):

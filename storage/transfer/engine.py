@@ -9,11 +9,24 @@ from dataclasses import dataclass, field
 
 from storage.transfer.retry import RetryPolicy
 
-__all__ = ["PART_GRANULE", "Budget", "CancelledError", "TransferOptions", "run_tasks"]
+__all__ = [
+    "LARGE_WRITE",
+    "PART_GRANULE",
+    "Budget",
+    "CancelledError",
+    "TransferOptions",
+    "run_by_size",
+    "run_tasks",
+]
 
 _MIB = 1024 * 1024
 PART_GRANULE = 64 * 1024
 """Parts begin where memory can be mapped, on every system."""
+
+LARGE_WRITE = 8 * _MIB
+"""Bytes above which a backend writes an object in parts."""
+
+Task = Callable[[threading.Event], None]
 
 _FIRST_THREADS = 4
 _RAMP_INTERVAL = 0.15
@@ -58,7 +71,7 @@ class Budget:
 
 
 def run_tasks(
-    tasks: Iterable[Callable[[threading.Event], None]],
+    tasks: Iterable[Task],
     budget: Budget,
     limit: int,
     moved: Callable[[], int] | None = None,
@@ -79,7 +92,7 @@ def run_tasks(
     """
     cancel = threading.Event()
     lock = threading.Lock()
-    source: Iterator[Callable[[threading.Event], None]] = iter(tasks)
+    source: Iterator[Task] = iter(tasks)
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -111,6 +124,29 @@ def run_tasks(
                 cancel.set()
     if failures:
         raise failures[0]
+
+
+def run_by_size(
+    tasks: Iterable[tuple[int | None, Task]], budget: Budget, limit: int | None = None
+) -> None:
+    """Run tasks that each write one object, the large ones first.
+
+    A backend sends a large object in parts, in parallel, within the memory for one write, so
+    each of them is alone; small ones go together.
+
+    Args:
+        tasks: the size of each object, if known, and what writes it.
+        budget: connections shared with other transfers.
+        limit: small objects at once; as many as there are connections if ``None``.
+    """
+    small = []
+    for size, task in tasks:
+        if size is None or size > LARGE_WRITE:
+            run_tasks([task], budget, 1)
+        else:
+            small.append(task)
+    if small:
+        run_tasks(small, budget, len(small) if limit is None else limit)
 
 
 def _run_threads(

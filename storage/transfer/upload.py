@@ -22,14 +22,12 @@ from storage.errors import (
     ObjectExistsError,
     TransientError,
 )
-from storage.transfer.engine import Budget, TransferOptions, run_tasks
+from storage.transfer.engine import Budget, TransferOptions, run_by_size
 from storage.transfer.plan import Patterns
 from storage.transfer.progress import Meter
 
-__all__ = ["SourceFile", "scan", "upload"]
+__all__ = ["SourceFile", "scan", "upload", "write_item"]
 
-# Above this a backend sends parts in parallel by itself.
-_LARGE = 8 * 1024 * 1024
 _METADATA_DIGESTS = ("blake3", "sha256")
 
 
@@ -134,13 +132,7 @@ def upload(
     def send(file: SourceFile, cancel: threading.Event) -> None:
         results[file.path] = _send(backend, file, key_of(file), options, meter, if_absent)
 
-    # A large file fills the connections by itself; small ones do it together.
-    for file in files:
-        if file.size > _LARGE:
-            run_tasks([partial(send, file)], budget, 1)
-    small = [partial(send, file) for file in files if file.size <= _LARGE]
-    if small:
-        run_tasks(small, budget, len(small))
+    run_by_size(((file.size, partial(send, file)) for file in files), budget)
     return [results[file.path] for file in files]
 
 
@@ -158,15 +150,7 @@ def _send(
     def attempt() -> ObjectInfo:
         nonlocal unanswered
         try:
-            with meter.attempt() as count:
-                return backend.write(
-                    key,
-                    item.payload,
-                    metadata=item.metadata,
-                    content_type=item.content_type,
-                    if_absent=if_absent,
-                    on_bytes=count,
-                )
+            return write_item(backend, item, meter, if_absent=if_absent)
         except TransientError:
             unanswered = True
             raise
@@ -182,6 +166,21 @@ def _send(
     _check_unchanged(backend, file, key, info)
     meter.add_object()
     return info
+
+
+def write_item(
+    backend: Backend, item: BatchItem, meter: Meter, *, if_absent: bool = False
+) -> ObjectInfo:
+    """Write one object, once; its bytes are counted while they go, and not if it fails."""
+    with meter.attempt() as count:
+        return backend.write(
+            item.key,
+            item.payload,
+            metadata=item.metadata,
+            content_type=item.content_type,
+            if_absent=if_absent,
+            on_bytes=count,
+        )
 
 
 def _already(backend: Backend, item: BatchItem) -> ObjectInfo | None:
