@@ -112,6 +112,11 @@ class Location:
         return not self.key or self.key.endswith("/")
 
     @property
+    def prefix(self) -> str:
+        """What the keys of everything below this location begin with; empty for a bucket."""
+        return self.key if self.forces_tree else f"{self.key}/"
+
+    @property
     def name(self) -> str:
         """The last part of the key, which names a downloaded file. May be empty."""
         path = self.key.rstrip("/")
@@ -121,15 +126,14 @@ class Location:
 
     def child(self, path: str) -> Location:
         """Return the location of ``path`` (relative, literal) below this one."""
-        separator = "" if self.forces_tree else "/"
         url = self.url
         if self.type == "http":
             # All that may be encoded is: some servers read a "+" in a path as a space.
             path = quote(path, safe="/~", errors="surrogateescape")
-            if url is not None:
-                parts = urlsplit(url)
-                url = parts._replace(path=f"{parts.path or '/'}{separator}{path}").geturl()
-        return replace(self, key=f"{self.key}{separator}{path}", version=None, digest=None, url=url)
+        key = f"{self.prefix}{path}"
+        if self.type == "http" and url is not None:
+            url = urlsplit(url)._replace(path=f"/{key}").geturl()
+        return replace(self, key=key, version=None, digest=None, url=url)
 
     def __str__(self) -> str:
         """The canonical URI, without anything that may be a credential."""

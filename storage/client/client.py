@@ -153,12 +153,7 @@ class StorageClient:
         location = _writable(parse_uri(uri))
         source = os.fspath(src)
         is_tree, files = scan(source, Patterns(allow_patterns, ignore_patterns))
-        if is_tree:
-            prefix = location.key if location.forces_tree else f"{location.key}/"
-        elif location.forces_tree:
-            prefix = location.key
-        else:
-            prefix = None
+        prefix = location.prefix if is_tree or location.forces_tree else None
         backend = self.backend(location, config)
         if not backend.capabilities.write:
             raise UnsupportedOperation(f"{location}: {backend.name} cannot be written to")
@@ -207,7 +202,7 @@ class StorageClient:
             is_tree, found = resolve(backend, location)
             if not is_tree:
                 return [(info.filename or location.name, info) for info in found]
-            skip = len(location.key) + (0 if location.forces_tree else 1)
+            skip = len(location.prefix)
             return sorted(((info.key[skip:], info) for info in found), key=lambda item: item[0])
 
         return self.run_retried(collect)

@@ -86,8 +86,7 @@ class Copy:
     def _key_of(self, info: ObjectInfo, is_tree: bool) -> str:
         source, target = self._source, self._target
         if is_tree:
-            skip = len(source.key) + (0 if source.forces_tree else 1)
-            return target.child(info.key[skip:]).key
+            return target.child(info.key[len(source.prefix) :]).key
         name = info.filename or source.name
         return target.child(name).key if target.forces_tree else target.key
 

@@ -90,8 +90,7 @@ class Download:
         path = backend.local_path(self._location.key.rstrip("/"))
         assert path is not None
         if self._expected is not None:
-            key = self._location.key
-            skip = len(key) + (0 if self._location.forces_tree else 1) if is_tree else 0
+            skip = len(self._location.prefix)
             self._check_files(
                 path, [info.key[skip:] for info in objects] if is_tree else [], is_tree
             )

@@ -135,10 +135,7 @@ def resolve(backend: Backend, location: Location) -> tuple[bool, Iterator[Object
         raise UnsupportedOperation(
             f"{location} names a tree, and {backend.name} has no listings; name one file"
         )
-    prefix = location.key
-    if prefix and not prefix.endswith("/"):
-        prefix += "/"
-    found = backend.list(prefix)
+    found = backend.list(location.prefix)
     first = next(found, None)
     if first is None:
         raise ModelMissingError(str(location))
@@ -159,9 +156,8 @@ def make_plan(backend: Backend, location: Location, patterns: Patterns) -> Plan:
     """
     is_tree, objects = resolve(backend, location)
     if is_tree:
-        prefix = location.key if location.forces_tree else f"{location.key}/"
         infos = sorted(objects, key=lambda info: info.key)
-        relative = [info.key[len(prefix) :] for info in infos]
+        relative = [info.key[len(location.prefix) :] for info in infos]
     else:
         infos = list(objects)
         relative = [infos[0].filename or location.name]
