@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from storage.cli.output import count, human_size, human_time
 from storage.digest import Digest, hash_file, tree_digest
 from storage.errors import DestinationError, IntegrityError, ModelMissingError, StorageError
-from storage.transfer.destination import translate_os_errors
+from storage.files import translate_os_errors
 
 if TYPE_CHECKING:
     from storage.client import StorageClient

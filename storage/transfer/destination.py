@@ -27,24 +27,20 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from filelock import BaseFileLock, FileLock, Timeout
-
-from storage.errors import (
-    DestinationError,
-    InsufficientSpaceError,
-    InvalidInput,
-    ObjectExistsError,
-    StorageError,
-)
+from storage import files
+from storage.errors import ObjectExistsError
+from storage.files import shown, translate_os_errors
 from storage.transfer import trees
 
-__all__ = ["Destination", "check_space", "translate_os_errors"]
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+__all__ = ["Destination"]
 
 _CONTENT = "content"
 _LOCK = "lock"
@@ -106,7 +102,7 @@ class Destination:
         try:
             with translate_os_errors(self.path):
                 parent = os.path.dirname(self.path)
-                self._made = trees.make_parents(parent)
+                self._made = files.make_parents(parent)
                 self._inside = self._must_stage_inside(parent)
                 with self._alone():
                     self._remove_leftovers()
@@ -139,7 +135,7 @@ class Destination:
             if self._tree and not self._inside:
                 trees.mark(self.content, _NOT_OURS)
             if self._durable:
-                trees.sync_tree(self.content)
+                files.sync_tree(self.content)
             if not self._tree:
                 os.replace(self.content, self.path)
             elif self._inside:
@@ -148,7 +144,7 @@ class Destination:
                 self._rename_tree()
             if self._durable:
                 for folder in self._changed_folders():
-                    trees.sync(folder)
+                    files.sync(folder)
         self._published = True
         return self.path
 
@@ -165,7 +161,7 @@ class Destination:
             # A folder that is replaced vanishes under whoever stands in it.
             if os.path.samefile(self.path, os.curdir):
                 return True
-        return trees.is_mount_point(self.path) or not os.access(parent, os.W_OK | os.X_OK)
+        return files.is_mount_point(self.path) or not os.access(parent, os.W_OK | os.X_OK)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -194,19 +190,19 @@ class Destination:
         if not self._tree:
             if stat.S_ISDIR(mode) or not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
                 raise ObjectExistsError(
-                    f"{_shown(self.path)} is not a regular file and will not be replaced by one; "
+                    f"{shown(self.path)} is not a regular file and will not be replaced by one; "
                     "name another destination"
                 )
             return
         if not stat.S_ISDIR(mode):
             raise ObjectExistsError(
-                f"{_shown(self.path)} is not a folder, and a tree is to go there; "
+                f"{shown(self.path)} is not a folder, and a tree is to go there; "
                 "name another destination or remove it"
             )
         if self._overwrite or not self._entries() or self._is_ours():
             return
         raise ObjectExistsError(
-            f"{_shown(self.path)} holds files that this library did not put there, or that were "
+            f"{shown(self.path)} holds files that this library did not put there, or that were "
             "changed since; expected an absent or empty folder; pass overwrite=True to "
             "replace everything in it"
         )
@@ -237,7 +233,7 @@ class Destination:
                 raise
         # Another download may have been faster than this one.
         self._check()
-        if trees.exchange(self.content, self.path):
+        if files.exchange(self.content, self.path):
             return  # the old tree is now in the staging folder and goes with it
         old = self.scratch(_OLD)
         os.rename(self.path, old)
@@ -256,8 +252,8 @@ class Destination:
             with open(record, "w", encoding="utf-8", errors="surrogateescape") as file:
                 json.dump(moves, file)
             if self._durable:
-                trees.sync(record)
-                trees.sync(self._staging)
+                files.sync(record)
+                files.sync(self._staging)
             self._finish_move(self._staging)
         except BaseException:
             self._undo_move(moves["new"])
@@ -297,9 +293,12 @@ class Destination:
             raise
 
     def _make_staging(self) -> None:
+        # Not before a destination is used: what comes from the cache should not wait for it.
+        from filelock import FileLock, Timeout
+
         folder, prefix = self._staging_place()
         while True:
-            path = os.path.join(folder, f"{_staging_prefix(prefix)}.{secrets.token_hex(8)}.partial")
+            path = os.path.join(folder, f"{_staging_prefix(prefix)}.{os.urandom(8).hex()}.partial")
             # Known before it exists, so that an interrupt at any point leaves nothing.
             self._staging, self._lock = path, FileLock(os.path.join(path, _LOCK))
             os.mkdir(path, 0o700)
@@ -326,6 +325,8 @@ class Destination:
                 self._remove_leftover(os.path.join(folder, name))
 
     def _remove_leftover(self, staging: str) -> None:
+        from filelock import FileLock
+
         lock = FileLock(os.path.join(staging, _LOCK))
         try:
             if os.path.isdir(staging):  # or the lock would make it
@@ -349,53 +350,6 @@ class Destination:
             for folder in reversed(self._made):
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)
-
-
-def check_space(path: str, needed: int) -> None:
-    """Refuse to begin what cannot end.
-
-    Raises:
-        InsufficientSpaceError: the file system of ``path`` has less than ``needed`` bytes free.
-    """
-    with translate_os_errors(path):
-        status = os.statvfs(path)
-    free = status.f_bavail * status.f_frsize
-    # Some file systems tell nothing about their size.
-    if status.f_blocks and needed > free:
-        raise InsufficientSpaceError(
-            f"{_shown(path)}: {needed} bytes are needed and {free} are free on its file system; "
-            "nothing was transferred; free some space or choose another destination"
-        )
-
-
-@contextlib.contextmanager
-def translate_os_errors(path: str) -> Iterator[None]:
-    """Turn an operating system's error about the destination into ours."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as exc:
-        reason = exc.strerror or str(exc)
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InsufficientSpaceError(
-                f"{_shown(path)}: its file system is full ({reason}); nothing was published; "
-                "free some space or choose another destination"
-            ) from exc
-        if exc.errno == errno.ENAMETOOLONG:
-            raise InvalidInput(f"{_shown(path)}: a name is too long for the file system") from exc
-        error = DestinationError(
-            f"{_shown(exc.filename or path)} cannot be written: {reason}; nothing was published; "
-            "choose a destination that this user may write"
-        )
-        error.errno = exc.errno
-        raise error from exc
-
-
-def _shown(path: object) -> str:
-    # A message is one line, and a name may hold anything.
-    text = str(path)
-    return text if text.isprintable() else repr(text)
 
 
 def _staging_pattern(prefix: str) -> re.Pattern[str]:
@@ -424,8 +378,8 @@ def _drop(staging: str, lock: BaseFileLock) -> None:
     with contextlib.suppress(OSError):
         for name in os.listdir(staging):
             if name != _LOCK:
-                trees.remove(os.path.join(staging, name))
-        trees.remove(os.path.join(staging, _LOCK))
+                files.remove(os.path.join(staging, name))
+        files.remove(os.path.join(staging, _LOCK))
         lock.release()
         os.rmdir(staging)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from storage.errors import (
     TransferError,
     TransientError,
 )
-from storage.transfer.destination import translate_os_errors
+from storage.files import translate_os_errors
 from storage.transfer.engine import Budget, CancelledError, TransferOptions, run_tasks
 from storage.transfer.plan import Plan, PlannedFile, split
 from storage.transfer.progress import Meter
@@ -52,7 +52,10 @@ def fetch(
     budget: Budget,
     meter: Meter,
     algorithms: Iterable[str] = (),
+    vouched: bool = False,
     expected: Digest | None = None,
+    expected_files: Mapping[str, Digest] | None = None,
+    on_file: Callable[[FetchedFile, str], None] | None = None,
 ) -> list[FetchedFile]:
     """Fetch everything in ``plan`` and verify it.
 
@@ -65,7 +68,13 @@ def fetch(
         budget: connections shared with other transfers.
         meter: is told about bytes and objects.
         algorithms: digests to compute in any case.
+        vouched: compute SHA-256 too wherever the store advertises one.
         expected: digest that the only object of the plan must have.
+        expected_files: digests that files of the plan must have, by their paths in it. A file
+            that it does not name may be anything.
+        on_file: called once for each file, with the path where it lies, as soon as it is
+            verified and closed; by several threads at once. It may move the file away. What
+            it raises ends the transfer.
 
     Returns:
         The files, in the order of the plan.
@@ -74,13 +83,22 @@ def fetch(
         IntegrityError: an object's bytes are not the ones that they should be.
         TransferError: retries are spent, or an object changed again and again.
     """
-    wanted = frozenset(algorithms) | ({expected.algorithm} if expected is not None else set())
+    wanted = frozenset(algorithms)
+    demands = expected_files or {}
     jobs = []
     for planned in plan.files:
         path = file if folder is None else os.path.join(folder, planned.path)
         assert path is not None
         where = f"{plan.uri.rstrip('/')}/{planned.path}" if plan.is_tree else plan.uri
-        jobs.append(_Job(backend, where, planned, path, options, meter, wanted, expected))
+        demand = demands.get(planned.path, expected)
+        algorithms_of = partial(
+            algorithms_for,
+            wanted=wanted if demand is None else wanted | {demand.algorithm},
+            vouched=vouched,
+        )
+        jobs.append(
+            _Job(backend, where, planned, path, options, meter, algorithms_of, demand, on_file)
+        )
     if folder is not None:
         with translate_os_errors(folder):
             for parent in sorted({os.path.dirname(job.path) for job in jobs}):
@@ -126,19 +144,21 @@ class _Job:
         path: str,
         options: TransferOptions,
         meter: Meter,
-        wanted: frozenset[str],
+        algorithms: Callable[[ObjectInfo], set[str]],
         expected: Digest | None,
+        on_file: Callable[[FetchedFile, str], None] | None,
     ) -> None:
         self.path = path
         self.where = where
+        self.algorithms = algorithms
         self.changed = False
         self._backend = backend
         self._planned = planned
         self._info = planned.info
         self._options = options
         self._meter = meter
-        self._wanted = wanted
         self._expected = expected
+        self._on_file = on_file
         self._lock = threading.Lock()
         self._counted = 0
         self._descriptor: int | None = None
@@ -206,6 +226,8 @@ class _Job:
             self.changed = True
         finally:
             self.close()
+        if not self.changed:
+            self.hand_over()
 
     def finish(self, info: ObjectInfo, size: int, found: dict[str, Digest]) -> None:
         """Verify what arrived; only now is it a result."""
@@ -223,6 +245,11 @@ class _Job:
             )
         self._meter.add_object()
         self._result = FetchedFile(self._planned.path, size, found)
+
+    def hand_over(self) -> None:
+        """Tell who waits for the file that it is there, verified and closed."""
+        if self._on_file is not None:
+            self._on_file(self.result(), self.path)
 
     def count(self, arrived: int) -> None:
         with self._lock:
@@ -246,9 +273,6 @@ class _Job:
             digests=info.digests or planned.digests,
             hint=info.hint or planned.hint,
         )
-
-    def algorithms(self, info: ObjectInfo) -> set[str]:
-        return algorithms_for(info, self._wanted)
 
     def run(self, step: Callable[[], None], progressed: Callable[[], bool]) -> None:
         """Run ``step`` under the transfer's retry policy."""
@@ -353,6 +377,7 @@ class _RangedFetch:
             assert self._info is not None
             job.finish(self._info, self._parts[-1].end, self._hasher.digests())
             job.close()
+            job.hand_over()
 
     def answered(self, span: ByteRange, info: ObjectInfo) -> None:
         info = self.job.check_answer(info)

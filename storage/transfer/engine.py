@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from storage.transfer.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 __all__ = [
     "LARGE_WRITE",
@@ -116,6 +119,8 @@ def run_tasks(
     if threads == 1:
         work()
     else:
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(threads, thread_name_prefix="storage") as pool:
             try:
                 _run_threads(lambda: pool.submit(work), threads, moved)
@@ -152,6 +157,8 @@ def run_by_size(
 def _run_threads(
     start: Callable[[], Future[None]], threads: int, moved: Callable[[], int] | None
 ) -> None:
+    from concurrent.futures import wait
+
     first = threads if moved is None else min(threads, _FIRST_THREADS)
     futures = [start() for _ in range(first)]
     if moved is not None:

@@ -10,10 +10,13 @@ import fnmatch
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from storage.backends.base import Backend, ByteRange, ObjectInfo
 from storage.errors import InvalidInput, ModelMissingError, UnsupportedOperation
 from storage.uri import Location
+
+if TYPE_CHECKING:
+    from storage.backends.base import Backend, ByteRange, ObjectInfo
 
 __all__ = ["Patterns", "Plan", "PlannedFile", "local_paths", "make_plan", "resolve", "split"]
 
@@ -228,4 +231,6 @@ def _local_path(key: str, source: str) -> str:
 
 def split(size: int, part_size: int) -> list[ByteRange]:
     """Cut ``size`` bytes into parts of ``part_size``; the last one may be shorter."""
+    from storage.backends.base import ByteRange
+
     return [ByteRange(start, min(start + part_size, size)) for start in range(0, size, part_size)]

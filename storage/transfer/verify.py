@@ -15,13 +15,16 @@ __all__ = ["OrderedHasher", "algorithms_for", "check_digests"]
 _WINDOW = 8 * 1024 * 1024
 
 
-def algorithms_for(info: ObjectInfo, wanted: Iterable[str]) -> set[str]:
+def algorithms_for(info: ObjectInfo, wanted: Iterable[str], vouched: bool = False) -> set[str]:
     """Return the algorithms to run over an object's bytes.
 
     Those that the caller wants, and one that the store can be held to: the cheapest digest it
-    vouches for, else the MD5 that its ETag seems to be.
+    vouches for, else the MD5 that its ETag seems to be. With ``vouched``, SHA-256 too if the
+    store vouches for one: other stores are likely to name the same content by it.
     """
     algorithms = set(wanted)
+    if vouched and any(digest.algorithm == "sha256" for digest in info.digests):
+        algorithms.add("sha256")
     if not any(digest.algorithm in algorithms for digest in info.digests):
         if info.digests:
             algorithms.add(info.digests[0].algorithm)

@@ -10,7 +10,7 @@ from typing import BinaryIO, Self, cast
 
 from storage.backends.base import Backend, file_payload
 from storage.digest import MultiHasher
-from storage.transfer.destination import translate_os_errors
+from storage.files import translate_os_errors
 from storage.transfer.retry import RetryPolicy
 
 __all__ = ["ObjectWriter", "open_writer"]

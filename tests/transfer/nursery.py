@@ -9,13 +9,13 @@ the order says otherwise: no clean-up code runs, just as when the machine's memo
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -173,9 +173,10 @@ class _Ticks:
 
 
 def _download(order: Order) -> dict[str, Any]:
+    from storage import files
     from storage.client import StorageClient
     from storage.config import load_settings
-    from storage.transfer import progress, trees
+    from storage.transfer import progress
 
     if order.user is not None:
         os.setgroups([])
@@ -188,9 +189,9 @@ def _download(order: Order) -> dict[str, Any]:
         ticks.hook(os, name)
     ticks.hook(json, "dump")
     if order.exchange:
-        ticks.hook(trees, "exchange")
+        ticks.hook(files, "exchange")
     else:
-        trees.exchange = lambda left, right: False
+        files.exchange = lambda left, right: False
     # Every piece of progress is to be told.
     progress._INTERVAL = 0.0
     limits = {"part_size": "64KiB", "connections": 4, "attempts": 2, "retry_timeout": 5.0}
@@ -265,15 +266,18 @@ def _prepare() -> None:
 
     from storage.client import StorageClient
     from storage.config import S3Config, load_settings
-    from storage.errors import StorageError
     from storage.uri import parse_uri
 
     with StorageClient(settings=load_settings(cache_dir="/nonexistent")) as client:
         for driver in ("obstore", "fsspec"):
             config = S3Config("key", "secret", endpoint_url="http://127.0.0.1", driver=driver)
             client.backend(parse_uri("s3://bucket/key"), config)
-        with contextlib.suppress(StorageError):
-            client.download("memory://bucket/key", "/nonexistent/key")
+        # Once for all, for a child may be a user that cannot read this interpreter's modules.
+        for name in ("a", "b"):
+            with client.open(f"memory://nursery/{name}", "wb") as file:
+                file.write(b"x")
+        with tempfile.TemporaryDirectory() as folder:
+            client.download("memory://nursery/", os.path.join(folder, "tree"))
 
 
 def main() -> None:

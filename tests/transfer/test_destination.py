@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from storage import files
 from storage.errors import (
     DestinationError,
     ObjectExistsError,
@@ -326,7 +327,7 @@ def test_a_path_below_a_file_is_refused(dest: Path, tree: bool) -> None:
 def test_without_exchange_the_old_tree_steps_aside(
     dest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trees, "exchange", lambda left, right: False)
+    monkeypatch.setattr(files, "exchange", lambda left, right: False)
     put_tree(dest, OLD)
     put_tree(dest, NEW)
     assert files_of(dest) == NEW
@@ -336,7 +337,7 @@ def test_without_exchange_the_old_tree_steps_aside(
 def test_without_exchange_the_old_tree_comes_back_if_the_new_one_cannot_take_its_place(
     dest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trees, "exchange", lambda left, right: False)
+    monkeypatch.setattr(files, "exchange", lambda left, right: False)
     put_tree(dest, OLD)
     real, calls = os.rename, []
 
@@ -357,5 +358,5 @@ def test_without_exchange_the_old_tree_comes_back_if_the_new_one_cannot_take_its
 def test_this_system_swaps_folders_at_once(tmp_path: Path) -> None:
     write_tree(tmp_path / "a", {"x": b"1"})
     write_tree(tmp_path / "b", {"y": b"2"})
-    assert trees.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert files.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
     assert files_of(tmp_path) == {"a/y": b"2", "b/x": b"1"}

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from storage import files
 from storage.errors import (
     DestinationError,
     InsufficientSpaceError,
     InvalidInput,
     ObjectExistsError,
 )
-from storage.transfer import trees
-from storage.transfer.destination import Destination, check_space, translate_os_errors
+from storage.files import check_space, translate_os_errors
+from storage.transfer.destination import Destination
 from tests.transfer.placing import (
     NEW,
     OLD,
@@ -51,13 +52,13 @@ from tests.transfer.support import assert_clear, everything_in, files_of
 @pytest.mark.parametrize("tree", [True, False])
 def test_any_name_that_the_file_system_takes_is_fine(dest: Path, name: str, tree: bool) -> None:
     path = dest.parent / name
-    for files in (OLD, NEW):
+    for content in (OLD, NEW):
         if tree:
-            put_tree(path, files)
-            assert files_of(path) == files
+            put_tree(path, content)
+            assert files_of(path) == content
         else:
-            put_file(path, files["a.bin"])
-            assert path.read_bytes() == files["a.bin"]
+            put_file(path, content["a.bin"])
+            assert path.read_bytes() == content["a.bin"]
     assert os.listdir(dest.parent) == [name]
 
 
@@ -228,7 +229,7 @@ def test_an_error_while_cleaning_up_does_not_hide_the_first_one(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trees, "remove", broken)
+        patch.setattr(files, "remove", broken)
         with pytest.raises(GiveUpError):
             give_up(dest)
     put_tree(dest, NEW)
@@ -244,7 +245,7 @@ def test_what_is_published_counts_even_if_the_old_tree_cannot_be_removed(
         raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trees, "remove", broken)
+        patch.setattr(files, "remove", broken)
         assert put_tree(dest, NEW) == str(dest)
     assert files_of(dest) == NEW
     put_tree(dest, NEW)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from storage import files
 from storage.errors import (
     DestinationError,
     ObjectExistsError,
@@ -76,9 +77,9 @@ def test_a_bind_mount_is_a_mount_point(dest: Path, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.open", opened)
-        assert trees.is_mount_point(str(bound))
-        assert not trees.is_mount_point(str(tmp_path / "a"))
-    assert not trees.is_mount_point(str(bound))
+        assert files.is_mount_point(str(bound))
+        assert not files.is_mount_point(str(tmp_path / "a"))
+    assert not files.is_mount_point(str(bound))
 
 
 def test_where_the_parent_cannot_be_written_the_staging_is_inside(
