@@ -13,7 +13,7 @@ from storage.uri import Location, parse_uri
 
 if TYPE_CHECKING:
     from storage.config.base import ConfigModel
-    from storage.config.settings import Settings
+    from storage.config.plain import AnySettings
 
 __all__ = ["config_class", "make_config", "read_type", "resolve_config"]
 
@@ -32,7 +32,7 @@ _UNCONFIGURED = ("file", "memory")
 def resolve_config(
     location: Location,
     config: ConfigModel | Mapping[str, Any] | None = None,
-    settings: Settings | None = None,
+    settings: AnySettings | None = None,
 ) -> ConfigModel | None:
     """Return the config that applies to ``location``.
 

@@ -22,102 +22,77 @@ the name of a nested one: ``STORAGE_TRANSFER__MEMORY=256MiB``.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 
 from storage.config.base import ConfigModel, FieldError, FrozenDict, Seconds, StrictModel, given
 from storage.config.files import read_table
+from storage.config.freshness import read_freshness
+from storage.config.plain import (
+    FILE_VARIABLE,
+    PREFIX,
+    PROFILES,
+    PlainSettings,
+    PlainTransfer,
+    field_of,
+    read_folder,
+    read_folders,
+    read_offline,
+    read_size,
+    settings_file,
+    user_folder,
+)
 from storage.config.prefix import Prefix
 from storage.config.resolve import config_class, make_config, read_type
 from storage.errors import ConfigurationError, one_line
 from storage.uri import Location
 
+if TYPE_CHECKING:
+    from storage.config.plain import AnySettings
+
 __all__ = ["Settings", "Store", "TransferSettings", "load_settings", "named_config"]
 
-_APP = "modelstorage"
-_PREFIX = "STORAGE_"
-_FILE_VARIABLE = "STORAGE_SETTINGS_FILE"
-# Read without pydantic-settings, which takes longer to import than a cached model to find.
-_PLAIN = {"STORAGE_CACHE_DIR": "cache_dir", "STORAGE_OFFLINE": "offline"}
-_NESTED = ("transfer", "stores")
-
-_MIB = 1024 * 1024
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE)
-_WORDS = dict.fromkeys(("1", "true", "yes", "on", "y", "t"), True) | dict.fromkeys(
-    ("0", "false", "no", "off", "n", "f"), False
-)
-
-
-def _read_size(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError("a number of bytes is needed, such as 134217728, 128MiB or 128MB")
-    number, unit, binary = match.groups()
-    exponent = " kmgt".index(unit.lower()) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** exponent)
-
-
-def _read_offline(value: Any) -> Any:
-    if isinstance(value, bool):
-        return value
-    word = str(value).strip().lower()
-    if word == "auto":
-        return word
-    if word not in _WORDS:
-        raise ValueError("true, false or auto is needed")
-    return _WORDS[word]
-
-
-def _read_folder(value: Any) -> Any:
-    if not isinstance(value, (str, os.PathLike)):
-        return value
-    return Path(os.path.abspath(os.path.expanduser(value)))
-
-
-def _user_folder(kind: Literal["cache", "config"]) -> Path:
-    import platformdirs
-
-    find = platformdirs.user_cache_path if kind == "cache" else platformdirs.user_config_path
-    return find(_APP, appauthor=False)
-
-
-Size = Annotated[int, BeforeValidator(_read_size), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(read_size), Field(gt=0)]
 """A positive number of bytes; as text with a unit, ``MiB`` (1024²) or ``MB`` (1000²)."""
 
 
 class TransferSettings(StrictModel):
     """Limits of the transfers of one client."""
 
-    connections: int = Field(default=16, ge=1, le=1024)
+    connections: int = Field(default=PlainTransfer.connections, ge=1, le=1024)
     """Requests under way at once, over all objects."""
 
-    memory: Size = 128 * _MIB
+    memory: Size = PlainTransfer.memory
     """Bytes held in flight, over all objects."""
 
-    part_size: Size = 32 * _MIB
-    """Bytes of one range of a download; the least size of one part of an upload."""
+    part_size: Size = PlainTransfer.part_size
+    """Bytes of one range of a download."""
 
-    attempts: int = Field(default=5, ge=1)
+    attempts: int = Field(default=PlainTransfer.attempts, ge=1)
     """Attempts for one range or request, the first included."""
 
-    retry_timeout: Seconds = 300.0
+    retry_timeout: Seconds = PlainTransfer.retry_timeout
     """Seconds that the attempts for one range may take together."""
 
-    connect_timeout: Seconds = 10.0
+    connect_timeout: Seconds = PlainTransfer.connect_timeout
     """Seconds for a connection to be made."""
 
-    stall_timeout: Seconds = 30.0
+    stall_timeout: Seconds = PlainTransfer.stall_timeout
     """Seconds without a byte after which a request counts as dead."""
 
-    limit_rate: Size | None = None
-    """Bytes per second, over all objects; no limit if none."""
+    limit_rate: Size | None = PlainTransfer.limit_rate
+    """Bytes per second, over all objects and both ways; no limit if none."""
 
 
 class Store(StrictModel):
@@ -175,25 +150,63 @@ def _freeze_stores(stores: dict[str, Store]) -> FrozenDict[str, Store]:
 class Settings(StrictModel):
     """Everything that is not said in a call."""
 
-    cache_dir: Annotated[Path, BeforeValidator(_read_folder)] = Field(
-        default_factory=lambda: _user_folder("cache")
+    cache_dir: Annotated[Path, BeforeValidator(read_folder)] = Field(
+        default_factory=lambda: user_folder("cache")
     )
     """Root of the cache; by default in the user's folder for caches."""
 
-    offline: Annotated[bool | Literal["auto"], BeforeValidator(_read_offline)] = False
+    cache_budget: Size | None = PlainSettings.cache_budget
+    """Bytes that the blobs of the cache may take; no limit if none."""
+
+    cache_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = PlainSettings.cache_grace
+    """Seconds since its last use in which a model is not evicted."""
+
+    cache_lower: Annotated[tuple[Path, ...], BeforeValidator(read_folders)] = (
+        PlainSettings.cache_lower
+    )
+    """Roots of other caches to read from, in this order; they are never written."""
+
+    cache_lock_timeout: Seconds = PlainSettings.cache_lock_timeout
+    """Seconds to wait for another process that fetches the same; then it is fetched here, too."""
+
+    freshness: Annotated[float, BeforeValidator(read_freshness)] = PlainSettings.freshness
+    """Seconds for which a cached model is taken without asking its store: ``revalidate`` (0),
+    ``cache-first`` (for ever), ``max-age=3600``, or a number."""
+
+    offline: Annotated[bool | Literal["auto"], BeforeValidator(read_offline)] = (
+        PlainSettings.offline
+    )
     """Serve from the cache and ask no store; ``auto``: only if the store cannot be reached."""
 
-    durable: bool = False
+    durable: bool = PlainSettings.durable
     """Sync files and folders to the disk before a download counts as done."""
 
-    digest_algorithm: Literal["blake3", "sha256"] = "blake3"
+    digest_algorithm: Literal["blake3", "sha256"] = PlainSettings.digest_algorithm
     """Digest that addresses the blobs of the cache."""
+
+    profile: Literal["edge"] | None = PlainSettings.profile
+    """Other defaults, for a kind of machine; ``edge`` is one with little memory and a thin line."""
 
     transfer: TransferSettings = Field(default_factory=TransferSettings)
     """Limits of transfers."""
 
     stores: Annotated[dict[str, Store], AfterValidator(_freeze_stores)] = FrozenDict()
     """Configs by name, for the URIs with their prefix."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_profile(cls, fields: Any) -> Any:
+        """Put the fields that were given over the defaults of their profile."""
+        if not isinstance(fields, Mapping) or not (
+            defaults := PROFILES.get(str(fields.get("profile")))
+        ):
+            return fields
+        transfer = fields.get("transfer")
+        if isinstance(transfer, TransferSettings):
+            transfer = {name: getattr(transfer, name) for name in transfer.model_fields_set}
+        if isinstance(transfer, Mapping):
+            fields = {**fields, "transfer": given(transfer)}
+        return _merge(defaults, fields)
 
     @field_validator("transfer", mode="before")
     @classmethod
@@ -259,7 +272,7 @@ def load_settings(file: str | os.PathLike[str] | None = None, **overrides: Any) 
     raise ConfigurationError("; ".join(one_line(line) for line in lines))
 
 
-def named_config(name_or_file: str, settings: Settings | None = None) -> ConfigModel:
+def named_config(name_or_file: str, settings: AnySettings | None = None) -> ConfigModel:
     """Return the config that a user named, as with ``--config NAME|FILE``.
 
     Args:
@@ -289,44 +302,34 @@ def named_config(name_or_file: str, settings: Settings | None = None) -> ConfigM
 
 
 def _read_settings_file(file: str | os.PathLike[str] | None) -> tuple[str | None, dict[str, Any]]:
-    chosen = os.fspath(file) if file is not None else os.environ.get(_FILE_VARIABLE)
-    if chosen:
-        path = os.path.expanduser(chosen)
-        why = "" if file is not None else f"{_FILE_VARIABLE}: "
-        return path, read_table(path, why)
-    path = str(_user_folder("config") / "config.toml")
-    return (path, read_table(path)) if os.path.exists(path) else (None, {})
+    path = settings_file() if file is None else os.path.expanduser(file)
+    if path is None:
+        return None, {}
+    named = file is None and os.environ.get(FILE_VARIABLE)
+    return path, read_table(path, f"{FILE_VARIABLE}: " if named else "")
 
 
 def _read_variables() -> dict[str, Any]:
     """Return the fields that variables give, nested as in the file."""
-    found = [name for name in os.environ if _field_of(name)]
-    if all(name in _PLAIN for name in found):
-        return {_PLAIN[name]: os.environ[name] for name in found if os.environ[name]}
+    found = {name: field for name in os.environ if (field := field_of(name))}
+    # A text for a whole field needs no pydantic-settings, which takes longest to import.
+    if all(name == f"{PREFIX}{field.upper()}" for name, field in found.items()) and not (
+        {"transfer", "stores"} & {*found.values()}
+    ):
+        return {field: os.environ[name] for name, field in found.items() if os.environ[name]}
     from storage.config.variables import read_variables
 
-    return read_variables(Settings, _PREFIX)
-
-
-def _field_of(variable: str) -> str | None:
-    """Return the field that ``variable`` is about, none if it is another program's."""
-    name = variable.upper()
-    if not name.startswith(_PREFIX):
-        return None
-    field, nested, _ = name[len(_PREFIX) :].lower().partition("__")
-    if field not in Settings.model_fields or (nested and field not in _NESTED):
-        return None
-    return field
+    return read_variables(Settings, PREFIX)
 
 
 def _variable_name(where: tuple[str, ...]) -> str:
     """Return the variable that gave the field at ``where``: its own, or a JSON one above."""
     present = {name.upper(): name for name in os.environ}
     for length in range(len(where), 0, -1):
-        name = _PREFIX + "__".join(where[:length]).upper()
+        name = PREFIX + "__".join(where[:length]).upper()
         if name in present:
             return present[name]
-    return f"{_PREFIX}{where[0].upper()}"
+    return f"{PREFIX}{where[0].upper()}"
 
 
 def _holds(table: Mapping[str, Any], where: tuple[str, ...]) -> bool:

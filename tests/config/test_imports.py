@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ import storage.config
 
 ROOT = Path(storage.config.__file__).parents[2]
 HEAVY = ("pydantic", "pydantic_settings", "platformdirs", "tomllib")
+# What a process that finds its model in the cache has no use for.
+ONLINE = ("asyncio", "concurrent.futures", "ctypes", "filelock", "pydantic", "stamina")
 
 
-def loaded(code: str, **variables: str) -> set[str]:
-    """Return which of the heavy modules a fresh interpreter has after ``code``."""
-    show = f"import sys, json; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+def loaded(code: str, modules: Sequence[str] = HEAVY, **variables: str) -> set[str]:
+    """Return which of ``modules`` a fresh interpreter has after ``code``."""
+    show = f"import sys, json; print(json.dumps([m for m in {modules!r} if m in sys.modules]))"
     process = subprocess.run(
         [sys.executable, "-c", f"{code}\n{show}"],
         env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
@@ -30,6 +33,7 @@ def loaded(code: str, **variables: str) -> set[str]:
 
 
 LOAD = "from storage.config import load_settings; settings = load_settings()"
+CURRENT = "from storage.config.plain import current_settings; settings = current_settings()"
 RESOLVE = "from storage.config import *; from storage.uri import parse_uri; "
 
 
@@ -41,6 +45,7 @@ RESOLVE = "from storage.config import *; from storage.uri import parse_uri; "
         "from storage.config import resolve_config, reveal; reveal('x')",
         "from storage.config import resolve_config; from storage.uri import parse_uri\n"
         "assert resolve_config(parse_uri('s3://b/k')) is None",
+        "from storage.config.freshness import read_freshness; read_freshness('max-age=60')",
     ],
 )
 def test_nothing_heavy_is_loaded_before_a_config(code: str) -> None:
@@ -58,6 +63,42 @@ def test_nothing_heavy_is_loaded_before_a_config(code: str) -> None:
 )
 def test_settings_without_a_file_do_not_load_pydantic_settings(variables: dict[str, str]) -> None:
     assert loaded(LOAD, **variables) == {"pydantic", "platformdirs"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {
+            "STORAGE_CACHE_BUDGET": "20GiB",
+            "STORAGE_CACHE_DIR": "/c",
+            "STORAGE_CACHE_GRACE": "60",
+            "STORAGE_CACHE_LOCK_TIMEOUT": "60",
+            "STORAGE_CACHE_LOWER": "/a:/b",
+            "STORAGE_DIGEST_ALGORITHM": "blake3",
+            "STORAGE_DURABLE": "1",
+            "STORAGE_FRESHNESS": "cache-first",
+            "STORAGE_OFFLINE": "1",
+            "STORAGE_PROFILE": "edge",
+        },
+    ],
+    ids=["none", "all"],
+)
+def test_variables_of_single_fields_need_no_pydantic(variables: dict[str, str]) -> None:
+    assert "pydantic" not in loaded(CURRENT, **variables)
+
+
+def test_a_client_loads_nothing_that_only_transfers_need() -> None:
+    code = "from storage import StorageClient; client = StorageClient(); client.settings"
+    assert loaded(code, ONLINE) == set()
+
+
+def test_the_command_loads_nothing_that_only_transfers_need() -> None:
+    code = (
+        "from storage.cli import main\n"
+        "assert main(['download', '--offline', '--quiet', 's3://bucket/never-cached']) == 1"
+    )
+    assert loaded(code, ONLINE) == set()
 
 
 def test_settings_from_a_file_do_not_load_pydantic_settings(tmp_path: Path) -> None:
