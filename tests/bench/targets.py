@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from tests.bench.cases import BARE, BARE_KSERVE, IMPORTS, CaseResult
-from tests.bench.contestants import ALL, OURS, PEERS
+from tests.bench.contestants import ALL, PEERS
 from tests.bench.measure import Measurement
 
 __all__ = ["Verdict", "best_peer", "import_cost", "judge", "peak", "seconds"]
@@ -91,6 +91,11 @@ def _judge(results: Results) -> list[Verdict]:
         verdicts.append(_ratio(upload, "storage", "s5cmd", 1.0))
     if http := results.get("http"):
         verdicts.append(_ratio(http, "storage+blake3", "cp", 1.25, "verified"))
+    if again := results.get("again"):
+        verdicts.append(_limit(again, "storage, cache-first", 0.010, "in process, cache-first"))
+        verdicts.append(
+            _limit(again, "storage-command, offline", 0.150, "`storage download`, offline")
+        )
     if imports := results.get("import"):
         cost = import_cost(imports, "storage")
         verdicts.append(
@@ -124,12 +129,22 @@ def _ratio(
     return Verdict(work, target, found, ratio <= limit)
 
 
+def _limit(result: CaseResult, name: str, limit: float, remark: str) -> Verdict:
+    found = seconds(result, name)
+    return Verdict(
+        f"{result.title}, {remark}",
+        f"≤ {limit * 1000:.0f} ms",
+        NOTHING if found is None else f"{found * 1000:.3g} ms",
+        None if found is None else found <= limit,
+    )
+
+
 def _memory(results: Results) -> Verdict:
     peaks = [
-        (value, name.name, result.title)
+        (value, name, result.title)
         for result in results.values()
-        for name in OURS
-        if (value := peak(result, name.name)) is not None
+        for name in result.runs
+        if is_ours(name) and (value := peak(result, name)) is not None
     ]
     work, target = "Peak memory, all of the above", "≤ 160 MiB"
     if not peaks:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
+from tests.bench.again import REPEATS, Repeats
 from tests.bench.cases import CASES, Bench, CaseResult, Sizes
-from tests.bench.contestants import Contestant, Job, Toolbox
+from tests.bench.contestants import OURS, Contestant, Job, Toolbox
 from tests.bench.data import Server, Source, Store, check_file, check_tree, make_file, make_tree
 from tests.bench.measure import Command, Measurement, measure
-from tests.bench.report import plot
+from tests.bench.report import Machine, Session, markdown, plot
 from tests.bench.targets import judge
 
 MIB = 1024**2
@@ -129,6 +132,22 @@ class Liar(Contestant):
         return python(f"open({os.fspath(job.path)!r}, 'wb').write({self.content!r})")
 
 
+def liar_bench(scratch: Path, rounds: int) -> tuple[Bench, bytes]:
+    """Return a session, and the bytes that its object has."""
+    right = make_file(scratch.parent / "model.bin", 1000, 7).path.read_bytes()
+    scratch.mkdir()
+    bench = Bench(
+        cast(Store, EmptyStore()),
+        Toolbox(),
+        scratch,
+        Sizes(object_bytes=1000, rounds=rounds),
+        seed=7,
+        timeout=60,
+        say=lambda line: None,
+    )
+    return bench, right
+
+
 class EmptyStore:
     """A store that is asked for nothing, because nobody downloads from it."""
 
@@ -142,21 +161,47 @@ class EmptyStore:
 
 
 def test_a_contestant_that_delivers_wrong_bytes_is_named_and_not_run_again(tmp_path: Path) -> None:
-    right = make_file(tmp_path / "model.bin", 1000, 7).path.read_bytes()
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    bench = Bench(
-        cast(Store, EmptyStore()),
-        Toolbox(),
-        scratch,
-        Sizes(object_bytes=1000, rounds=2),
-        seed=7,
-        timeout=60,
-        say=lambda line: None,
-    )
+    bench, right = liar_bench(tmp_path / "scratch", 2)
     result = bench.run(CASES["download"], [Liar("honest", right), Liar("liar", b"x" * 1000)])
     assert [one.fault for one in result.runs["honest"]] == [None, None]
     assert [one.fault for one in result.runs["liar"]] == ["wrong bytes (1000 instead of 1000)"]
+
+
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_a_peer_whose_runs_take_long_runs_once(tmp_path: Path, warm_up: bool) -> None:
+    bench, right = liar_bench(tmp_path / "scratch", 3)
+    started: list[str] = []
+
+    class Counted(Liar):
+        def command(self, job: Job, tools: Toolbox, server: Server, home: Path) -> Command:
+            started.append(self.name)
+            return super().command(job, tools, server, home)
+
+    quick, slow = Counted("quick", right), Counted("slow", right)
+    slow.once = frozenset({"download-object"})
+    result = bench.run(replace(CASES["download"], warm_up=warm_up), [quick, slow])
+    assert {name: len(runs) for name, runs in result.runs.items()} == {"quick": 3, "slow": 1}
+    assert sorted(started) == ["quick"] * (3 + warm_up) + ["slow"]
+
+
+def test_a_second_download_that_fails_or_is_wrong_does_not_count(tmp_path: Path) -> None:
+    source = make_tree(tmp_path / "source", 2, 100, 1)
+    server = SimpleNamespace(endpoint="http://127.0.0.1:1", access_key="key", secret_key="secret")
+    store = cast(Store, SimpleNamespace(server=server))
+    repeats = Repeats(source, "s3://b/m", store, Toolbox(), tmp_path / "caches", 60)
+    ours = next(one for one in OURS if one.name == "storage")
+    way = next(way for way in REPEATS if way.name == "storage, revalidate (Hub)")
+    with repeats:
+        (failed,) = repeats.in_process(replace(way, how="unheard of"), ours, 2)
+        repeats._source = replace(source, digests=dict.fromkeys(source.digests, "0" * 64))
+        (wrong,) = repeats.in_process(way, ours, 2)
+        repeats._source = source
+        right = repeats.in_process(way, ours, 2)
+    assert "unheard of" in str(failed.fault)
+    assert wrong.fault == "0 files missing, 0 surplus, 2 with wrong bytes"
+    assert [one.fault for one in right] == [None, None]
+    assert all(one.seconds > 0 for one in right)
+    assert not (tmp_path / "caches").exists()
 
 
 def result(name: str, **seconds: Measurement) -> CaseResult:
@@ -189,6 +234,34 @@ def test_a_target_that_lacks_a_figure_is_neither_met_nor_missed() -> None:
     assert verdicts[0].met is None
 
 
+@pytest.mark.parametrize(("ours", "met"), [(0.009, True), (0.011, False)])
+def test_a_second_download_has_a_target_in_milliseconds(ours: float, met: bool) -> None:
+    runs = {"storage, cache-first": [run(ours)], "storage-command, offline": [run(0.149)]}
+    again = CaseResult("again", "Second download", 1000, 20, runs)
+    in_process, cold, _ = judge({"again": again})
+    assert (in_process.met, cold.met) == (met, True)
+    assert in_process.found == f"{ours * 1000:g} ms"
+
+
+def test_the_page_tells_of_second_downloads_and_of_those_that_ran_once() -> None:
+    again = {
+        "storage, cache-first": [run(0.002), run(0.004), run(0.003)],
+        "huggingface_hub": [run(1, fault="exit status 1: no")],
+    }
+    results = {
+        "small": result("small", storage=run(1), boto3=run(10)),
+        "again": CaseResult("again", "Second download", 1000, 20, again),
+    }
+    machine = Machine("some", 2, 2**30, "some", (0.0, 0.0))
+    page = markdown(Session("2026-01-02", "bench", Sizes(), 1, machine, {}, results), "x.svg")
+    assert (
+        '| **`Storage.download(uri, freshness="cache-first")`** '
+        "| nobody | same | 3.00 | 2.00 | 67% | 3 |\n"
+    ) in page
+    assert "- huggingface_hub does not count: exit status 1: no" in page
+    assert "boto3 (small)" in page
+
+
 def test_a_quick_run_is_not_judged() -> None:
     small = result("small", storage=run(1), s5cmd=run(10))
     words = [verdict.word for verdict in judge({"small": small}, quick=True)]
@@ -199,7 +272,7 @@ def test_the_memory_target_takes_the_worst_of_all_cases() -> None:
     verdict = judge(
         {
             "small": result("small", storage=run(1, 50 * MIB)),
-            "upload": result("upload", storage=run(1, 170 * MIB)),
+            "upload": result("upload", storage=run(1, 170 * MIB), boto3=run(1, 900 * MIB)),
         }
     )[-1]
     assert verdict.met is False

@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.bench.cases import CASES
+from tests.bench.again import REPEATS
+from tests.bench.cases import CASES, Sizes
 from tests.bench.contestants import OURS, PEERS, Toolbox
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def test_a_quick_run_measures_everybody_and_writes_the_page(tmp_path: Path) -> N
     measured = json.loads(raw.read_text())
     assert list(measured["cases"]) == list(CASES)
     for name, case in CASES.items():
-        if name == "import":
+        if name in ("again", "import"):
             continue
         runs = measured["cases"][name]["runs"]
         able = {one.name for one in OURS if case.action in one.actions}
@@ -43,6 +44,15 @@ def test_a_quick_run_measures_everybody_and_writes_the_page(tmp_path: Path) -> N
             assert times[0]["seconds"] > 0, who
             assert times[0]["peak_memory"] > 0, who
     assert measured["cases"]["import"]["runs"]["storage"]
+    sizes, again = Sizes.smoke(), measured["cases"]["again"]["runs"]
+    invited = {one.name for one in OURS} | set(peers)
+    assert set(again) == {way.name for way in REPEATS if way.contestant in invited}
+    for way in REPEATS:
+        times = again.get(way.name, [])
+        assert len(times) in (0, sizes.repeat_rounds if way.cold else sizes.repeat_calls)
+        for run in times:
+            assert run["fault"] is None, way.name
+            assert 0 < run["seconds"] < 60, way.name
 
     text = page.read_text()
     assert "quick run" in text
