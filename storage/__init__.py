@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from storage.client import StorageClient
+    from storage.client.lockfile import LockedFile, LockedModel, LockFile
+    from storage.client.prefetch import PrefetchResult
     from storage.config import (
         AzureConfig,
         FsspecConfig,
@@ -73,6 +75,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "storage.client": ("StorageClient",),
+    "storage.client.lockfile": ("LockFile", "LockedFile", "LockedModel"),
+    "storage.client.prefetch": ("PrefetchResult",),
     "storage.config": (
         "AzureConfig",
         "FsspecConfig",
@@ -155,6 +159,9 @@ __all__ = [
     "IntegrityError",
     "InvalidInput",
     "LocalPath",
+    "LockFile",
+    "LockedFile",
+    "LockedModel",
     "ModelMissingError",
     "ModelNotFound",
     "ObjectChangedError",
@@ -163,6 +170,7 @@ __all__ = [
     "OfflineError",
     "PVCConfig",
     "Plan",
+    "PrefetchResult",
     "Progress",
     "S3Config",
     "Settings",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, overload
 
 from storage.uri import parse_uri
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
     from storage.client import StorageClient
+    from storage.client.lockfile import LockFile
     from storage.config import (
         AzureConfig,
         FsspecConfig,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         PVCConfig,
         S3Config,
     )
+    from storage.config.freshness import Freshness
     from storage.digest import Digest
     from storage.transfer.progress import ProgressCallback
 
@@ -96,7 +98,7 @@ class Storage:
 
     @staticmethod
     def download(
-        uri: StorageURI | os.PathLike[str],
+        uri: StorageURI | os.PathLike[str] | Sequence[StorageURI | os.PathLike[str]],
         dest: LocalPath | os.PathLike[str] | None = None,
         *,
         config: StorageConfig | dict[str, Any] | None = None,
@@ -105,6 +107,10 @@ class Storage:
         digest: str | Digest | None = None,
         unpack: bool = False,
         offline: bool | Literal["auto"] | None = None,
+        freshness: Freshness | None = None,
+        cache: bool | None = None,
+        link: Literal["hardlink", "symlink"] | None = None,
+        durable: bool | None = None,
         overwrite: bool = False,
         progress: ProgressCallback | None = None,
     ) -> LocalPath:
@@ -115,18 +121,30 @@ class Storage:
         leaves nothing there.
 
         Args:
-            uri: what to download.
+            uri: what to download; or several sources of the same model, best first. The next
+                one is asked when one fails, unless the call itself or this machine is at fault.
             dest: for an object its path, or an existing folder (or a path that ends in ``/``)
                 to put it into; for a tree its own path, whether it exists or not. ``None``
                 keeps it in the cache; what is on this machine already stays where it is.
-            config: credentials and options of the store.
+            config: credentials and options of the store; of several sources, for those whose
+                type it fits.
             allow_patterns: ``fnmatch`` patterns of relative paths; the rest is left out.
             ignore_patterns: patterns of what is left out.
             digest: expected digest, ``sha256:…`` or ``blake3:…``; of a tree as
-                :func:`storage.tree_digest` defines it.
+                :func:`storage.tree_digest` defines it. The same for several sources.
             unpack: extract the one archive (tar, tar.gz, zip, …) that ``uri`` is.
             offline: ``True`` uses the cache alone, ``"auto"`` falls back to it when the store
-                cannot be reached. Default from the settings.
+                cannot be reached; of several sources, when none of them gives the model.
+                Default from the settings.
+            freshness: how old a cached copy may be: ``"revalidate"`` asks the store each time,
+                by one request where nothing changed; ``"cache-first"`` never; ``"max-age=60"``
+                or ``60`` only after so many seconds. Default from the settings.
+            cache: keep a copy in the cache although there is a ``dest``. What is cached is
+                used in any case.
+            link: make cached files at ``dest`` ``"hardlink"`` or ``"symlink"`` instead of
+                copies; whoever then writes to one of them damages the cache.
+            durable: force everything to disk before it counts as done. Default from the
+                settings.
             overwrite: let a tree replace a folder that this library did not put there.
             progress: called with :class:`storage.Progress` while it runs.
 
@@ -139,7 +157,8 @@ class Storage:
             IntegrityError: the bytes are not the expected ones.
             TransferError: retries are spent (``UnreachableError``: nobody answers).
             DestinationError: ``dest`` cannot be written (``InsufficientSpaceError``: no room).
-            StorageError: base of them all.
+            StorageError: base of them all. If several sources failed, the message names each;
+                the type is the one that their errors share, else ``TransferError``.
         """
         return default_client().download(
             uri,
@@ -150,20 +169,24 @@ class Storage:
             digest=digest,
             unpack=unpack,
             offline=offline,
+            freshness=freshness,
+            cache=cache,
+            link=link,
+            durable=durable,
             overwrite=overwrite,
             progress=progress,
         )
 
     @staticmethod
     def download_many(
-        uris: Sequence[StorageURI | os.PathLike[str]],
+        uris: Sequence[StorageURI | os.PathLike[str] | Sequence[StorageURI | os.PathLike[str]]],
         dests: Sequence[LocalPath | os.PathLike[str] | None] | None = None,
         **options: Any,
     ) -> list[LocalPath]:
-        """Download several sources at once and return their paths in the same order.
+        """Download several models at once and return their paths in the same order.
 
         Args:
-            uris: what to download.
+            uris: what to download; for each model its source, or a list of sources.
             dests: a destination for each, or ``None``.
             options: those of :meth:`download`, for all of them.
 
@@ -171,6 +194,85 @@ class Storage:
             StorageError: the first failure; what was complete by then stays.
         """
         return default_client().download_many(uris, dests, **options)
+
+    @staticmethod
+    def lock(
+        uris: StorageURI | os.PathLike[str] | Sequence[StorageURI | os.PathLike[str]],
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+        allow_patterns: str | Iterable[str] | None = None,
+        ignore_patterns: str | Iterable[str] | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> LockFile:
+        """Write down what models are now, so that a deployment can be repeated exactly.
+
+        Everything is downloaded into the cache and hashed. ``dumps()`` of the result is the
+        text of a lock file, which :meth:`download_locked` and ``storage prefetch`` read.
+
+        Args:
+            uris: the sources. What needs a credential takes it from a config.
+            config: as in :meth:`download`.
+            allow_patterns: as in :meth:`download`; they become part of the lock.
+            ignore_patterns: as in :meth:`download`; they become part of the lock.
+            progress: as in :meth:`download`.
+
+        Raises:
+            InvalidInput: a URI holds a credential or a query, or is there twice.
+            StorageError: as in :meth:`download`.
+        """
+        return default_client().lock(
+            uris,
+            config=config,
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+            progress=progress,
+        )
+
+    @overload
+    @staticmethod
+    def download_locked(
+        lock: LockFile | LocalPath | os.PathLike[str],
+        uri: StorageURI | os.PathLike[str],
+        dest: LocalPath | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> LocalPath: ...
+
+    @overload
+    @staticmethod
+    def download_locked(
+        lock: LockFile | LocalPath | os.PathLike[str],
+        uri: None = None,
+        dest: LocalPath | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> list[LocalPath]: ...
+
+    @staticmethod
+    def download_locked(
+        lock: LockFile | LocalPath | os.PathLike[str],
+        uri: StorageURI | os.PathLike[str] | None = None,
+        dest: LocalPath | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> LocalPath | list[LocalPath]:
+        """Download what was locked, exactly: the same files with the same bytes, or nothing.
+
+        Args:
+            lock: a lock, or the path of a lock file.
+            uri: which of its models; all of them if ``None``.
+            dest: as in :meth:`download`; needs ``uri`` if the lock has several models.
+            options: those of :meth:`download` that the lock does not fix: ``config``,
+                ``offline``, ``freshness``, ``cache``, ``link``, ``durable``, ``overwrite``
+                and ``progress``.
+
+        Returns:
+            The path of the model, or a list with the paths of all.
+
+        Raises:
+            IntegrityError: a file is missing, additional or different.
+            InvalidInput: ``uri`` is not in the lock.
+            ConfigurationError: the lock file is unusable.
+            StorageError: as in :meth:`download`.
+        """
+        return default_client().download_locked(lock, uri, dest, **options)
 
     @staticmethod
     def upload(

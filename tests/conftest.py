@@ -42,6 +42,11 @@ def _isolated_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture(autouse=True)
 def _isolated_test(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+) -> Iterator[None]:
     """Give every test a home and a cache of its own, and no credentials, settings or proxies."""
     _isolate(monkeypatch, tmp_path_factory.mktemp("home"))
+    yield
+    # Each is a file that stays open as long as the process lives.
+    from storage.cache.leases import release_all
+
+    release_all()

@@ -1,1 +1,1 @@
-"""Downloads without a destination: kept below one root, found again by what the source is."""
+"""The cache: content by its digest, kept once, checked before each use, found without a store."""

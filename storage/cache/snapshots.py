@@ -1,103 +1,160 @@
-"""Snapshots: complete downloads, named after their source and its state.
+"""Snapshots: the files of a manifest in one folder, as links to blobs.
 
-::
+A link leads to its blob by a relative path, so a cache can be moved; to a blob of a lower
+cache, by an absolute one. What a link cannot be (an executable, or any file where the file
+system has no symbolic links) is a copy that carries the mark of its blob.
 
-    <root>/snapshots/<id>/<name>     the file or the tree itself, published as a whole
-    <root>/refs/<id>.json            the snapshot that a source had last, for offline use
-
-The id of a snapshot is a hash of the source, the filters and the state that the store told
-(paths, sizes, versions or ETags); so an unchanged source is found without moving a byte, and
-a changed one gets a folder of its own. Everything appears by rename; nothing rests on locks.
+A snapshot appears by one rename. Each use looks at every entry again: what is missing, too
+many or leads elsewhere has the snapshot made anew from its manifest.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
+import errno
 import os
-import secrets
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 
-from storage.errors import DestinationError, OfflineError
+from storage.cache.blobs import is_marked, make_read_only, set_mark
+from storage.cache.layout import Layout
+from storage.cache.manifests import Manifest, ManifestFile
+from storage.cache.partials import new_partial
+from storage.digest import Digest
+from storage.files import exchange, materialise, remove, sync_tree
 
-__all__ = ["Snapshot", "SnapshotStore", "source_id"]
+__all__ = ["Snapshots"]
 
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What a source was when it was fetched last."""
-
-    uri: str
-    path: str
-    """Relative to the root of the store."""
-
-    is_tree: bool
-    fetched_at: float
-    """Seconds since the epoch."""
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def source_id(uri: str, *parts: object) -> str:
-    """Return the id of a source with its filters and, for a snapshot, its state."""
-    text = "\0".join((uri, *(repr(part) for part in parts)))
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+class Snapshots:
+    """The snapshots of one cache."""
 
+    def __init__(self, layout: Layout, find_blob: Callable[[Digest], str]) -> None:
+        """Use those below the root of ``layout``.
 
-class SnapshotStore:
-    """The snapshots below one root. Construction touches nothing."""
+        Args:
+            layout: of the cache.
+            find_blob: returns the path of a blob, in this cache or a lower one.
+        """
+        self._layout = layout
+        self._find_blob = find_blob
 
-    def __init__(self, root: str) -> None:
-        """Keep them below ``root``, which is made when it is first needed."""
-        self.root = root
+    def path(self, manifest: Manifest) -> str:
+        """Return the path of the file or of the tree, there or not."""
+        folder = self._layout.snapshot(manifest.id)
+        return folder if manifest.is_tree else os.path.join(folder, manifest.files[0].path)
 
-    def place(self, snapshot_id: str, name: str) -> str:
-        """Return the path that the file or tree ``name`` of a snapshot has or will have."""
-        return os.path.join(self.root, "snapshots", snapshot_id, name)
+    def is_whole(self, manifest: Manifest) -> bool:
+        """Tell whether a snapshot is there and each of its entries is the right one.
 
-    def remember(self, ref_id: str, snapshot: Snapshot) -> None:
-        """Note which snapshot a source has now."""
-        path = self._ref(ref_id)
-        temporary = f"{path}.{secrets.token_hex(8)}.partial"
+        The blobs that it leads to are not looked at.
+        """
+        folder = self._layout.snapshot(manifest.id)
+        missing: dict[str, ManifestFile | str | None] = {
+            **{file.path: file for file in manifest.files},
+            **dict(manifest.links),
+            **dict.fromkeys(manifest.folders),
+        }
+        inner = {path[:index] for path in missing for index, char in enumerate(path) if char == "/"}
+        waiting = [""]
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-                json.dump(asdict(snapshot), file)
-            os.replace(temporary, path)
-        except OSError as exc:
-            raise DestinationError(
-                f"the cache {self.root} cannot be written: {exc.strerror}; "
-                "set STORAGE_CACHE_DIR to a folder that this user may write"
-            ) from exc
+            while waiting:
+                base = waiting.pop()
+                with os.scandir(os.path.join(folder, base)) as entries:
+                    for entry in entries:
+                        path = f"{base}{entry.name}"
+                        if path in inner and entry.is_dir(follow_symlinks=False):
+                            waiting.append(f"{path}/")
+                        elif path not in missing or not self._is_right(
+                            path, entry, missing.pop(path)
+                        ):
+                            return False
+        except OSError:
+            return False
+        return not missing
 
-    def recall(self, ref_id: str, uri: str) -> str:
-        """Return the path of the snapshot that a source had last, without asking the source.
+    def _is_right(
+        self, path: str, entry: os.DirEntry[str], wanted: ManifestFile | str | None
+    ) -> bool:
+        if wanted is None:
+            return entry.is_dir(follow_symlinks=False) and not os.listdir(entry.path)
+        if isinstance(wanted, str):
+            return entry.is_symlink() and os.readlink(entry.path) == wanted
+        if entry.is_symlink():
+            return not wanted.executable and os.readlink(entry.path) == self._target(path, wanted)
+        found = entry.stat(follow_symlinks=False)
+        return found.st_size == wanted.size and is_marked(found, wanted.digest)
+
+    def build(self, manifest: Manifest, *, durable: bool = False) -> str:
+        """Make the snapshot of a manifest whose blobs are all there, and return its path.
 
         Raises:
-            OfflineError: it was never fetched, or its files are gone.
+            OSError: the cache cannot be written.
         """
+        folder = self._layout.snapshot(manifest.id)
+        with new_partial(self._layout.root) as partial:
+            fresh = os.path.join(partial, "snapshot")
+            os.mkdir(fresh)
+            made = {""}
+            for path in manifest.folders:
+                self._make_parents(fresh, f"{path}/", made)
+            for file in manifest.files:
+                self._make_parents(fresh, file.path, made)
+                self._place(file, fresh, durable)
+            for path, target in manifest.links:
+                self._make_parents(fresh, path, made)
+                os.symlink(target, os.path.join(fresh, path))
+            if durable:
+                sync_tree(fresh)
+            os.makedirs(self._layout.snapshots, exist_ok=True)
+            self._publish(fresh, folder, manifest)
+        return self.path(manifest)
+
+    def _publish(self, fresh: str, folder: str, manifest: Manifest) -> None:
         try:
-            with open(self._ref(ref_id), encoding="utf-8", errors="surrogateescape") as file:
-                path = os.path.join(self.root, json.load(file)["path"])
-        except FileNotFoundError as exc:
-            raise OfflineError(
-                f"{uri} was never cached with these filters, and offline nothing is fetched; "
-                f"download it once while the store can be reached (cache: {self.root})"
-            ) from exc
-        except (OSError, ValueError, KeyError) as exc:
-            raise OfflineError(
-                f"{uri}: its entry in the cache {self.root} is damaged; "
-                "download it again while the store can be reached"
-            ) from exc
-        if not os.path.exists(path):
-            raise OfflineError(
-                f"{uri} was cached, but its files are gone from {path}; "
-                "download it again while the store can be reached"
-            )
-        return path
+            os.rename(fresh, folder)
+            return
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        if self.is_whole(manifest):
+            return  # another process was faster
+        if not exchange(fresh, folder):
+            os.rename(folder, f"{fresh}.old")
+            os.rename(fresh, folder)
 
-    def new_snapshot(self, uri: str, path: str, is_tree: bool) -> Snapshot:
-        """Describe the snapshot at ``path`` as fetched now."""
-        return Snapshot(uri, os.path.relpath(path, self.root), is_tree, time.time())
+    def delete(self, manifest_id: str, partial: str) -> None:
+        """Take a snapshot away, into the folder ``partial``, and remove it there."""
+        gone = os.path.join(partial, manifest_id)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._layout.snapshot(manifest_id), gone)
+            remove(gone)
 
-    def _ref(self, ref_id: str) -> str:
-        return os.path.join(self.root, "refs", f"{ref_id}.json")
+    def _make_parents(self, fresh: str, path: str, made: set[str]) -> None:
+        parent = path.rpartition("/")[0]
+        if parent not in made:
+            os.makedirs(os.path.join(fresh, parent), exist_ok=True)
+            made.add(parent)
+
+    def _place(self, file: ManifestFile, fresh: str, durable: bool) -> None:
+        place = os.path.join(fresh, file.path)
+        if not file.executable:
+            try:
+                os.symlink(self._target(file.path, file), place)
+                return
+            except OSError as exc:
+                if exc.errno not in _NO_LINKS:
+                    raise
+        materialise(self._find_blob(file.digest), place, executable=file.executable)
+        make_read_only(place)
+        set_mark(place, file.digest, durable=durable)
+
+    def _target(self, path: str, file: ManifestFile) -> str:
+        """Return what the link at ``path`` of a snapshot says."""
+        blob = self._find_blob(file.digest)
+        inside = os.path.join(self._layout.root, "")
+        if not blob.startswith(inside):
+            return blob
+        # From <root>/snapshots/<id>/…/ up to the root; relpath would ask for the current folder.
+        return "../" * (2 + path.count("/")) + blob[len(inside) :]

@@ -7,33 +7,36 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar, cast, overload
 from urllib.parse import urlsplit
 
 from storage.backends import open_backend
-from storage.backends.base import Backend, ObjectInfo, OpenOptions
-from storage.client.copy import Copy
-from storage.client.download import Download
+from storage.client.arguments import local_path, writable
+from storage.client.download import Download, DownloadOptions, Link
+from storage.client.offline import Offline
+from storage.config.freshness import Freshness
+from storage.config.plain import AnySettings, current_settings
 from storage.digest import Digest
-from storage.errors import InvalidInput, ObjectExistsError, UnsupportedOperation, redact
-from storage.transfer.engine import PART_GRANULE, Budget, TransferOptions, run_tasks
+from storage.errors import InvalidInput, ObjectExistsError, UnsupportedOperation
 from storage.transfer.plan import Patterns, Plan, make_plan, resolve
 from storage.transfer.progress import Meter, ProgressCallback
-from storage.transfer.reader import open_reader
-from storage.transfer.retry import RetryPolicy
-from storage.transfer.upload import SourceFile, scan, upload
-from storage.transfer.writer import open_writer
 from storage.uri import Location, parse_uri
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-    from storage.config import Settings
+    from storage.backends.base import Backend, ObjectInfo
+    from storage.cache.cache import ModelCache
+    from storage.client.lockfile import LockFile
+    from storage.client.prefetch import PrefetchResult
+    from storage.client.repair import Repair
+    from storage.transfer.engine import Budget, TransferOptions
+    from storage.transfer.limits import RateLimiter
 
 __all__ = ["StorageClient"]
 
 T = TypeVar("T")
-Offline = bool | Literal["auto"] | None
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 PatternArgument = str | Iterable[str] | None
 
 
@@ -46,7 +49,7 @@ class StorageClient:
     child opens its own connections.
     """
 
-    def __init__(self, config: Any = None, settings: Settings | None = None) -> None:
+    def __init__(self, config: Any = None, settings: AnySettings | None = None) -> None:
         """Prepare; no network, no disk, no SDK.
 
         Args:
@@ -60,13 +63,15 @@ class StorageClient:
         self._pid = os.getpid()
         self._backends: dict[Any, Backend] = {}
         self._budget: Budget | None = None
+        self._limiter: RateLimiter | None = None
         self._options: TransferOptions | None = None
+        self._cache: ModelCache | None = None
 
     # -- downloads ---------------------------------------------------------------------------
 
     def download(
         self,
-        uri: str | os.PathLike[str],
+        uri: Source,
         dest: str | os.PathLike[str] | None = None,
         *,
         config: Any = None,
@@ -75,6 +80,10 @@ class StorageClient:
         digest: str | Digest | None = None,
         unpack: bool = False,
         offline: Offline = None,
+        freshness: Freshness | None = None,
+        cache: bool | None = None,
+        link: Link | None = None,
+        durable: bool | None = None,
         overwrite: bool = False,
         progress: ProgressCallback | None = None,
     ) -> str:
@@ -82,22 +91,45 @@ class StorageClient:
 
         See :meth:`storage.Storage.download`, which this is.
         """
-        job = Download(
-            self,
-            parse_uri(uri),
-            config,
-            Patterns(allow_patterns, ignore_patterns),
-            digest,
-            unpack,
-            offline,
-            overwrite,
-            progress,
+        if isinstance(uri, (list, tuple)):
+            from storage.client.sources import download_first
+
+            return download_first(
+                self,
+                uri,
+                dest,
+                config=config,
+                digest=digest,
+                offline=offline,
+                allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns,
+                unpack=unpack,
+                freshness=freshness,
+                cache=cache,
+                link=link,
+                durable=durable,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        options = DownloadOptions(
+            config=config,
+            patterns=Patterns(allow_patterns, ignore_patterns),
+            digest=None if digest is None else Digest.parse(digest),
+            unpack=unpack,
+            offline=offline,
+            freshness=freshness,
+            cache=cache,
+            link=link,
+            durable=durable,
+            overwrite=overwrite,
+            progress=progress,
         )
-        return job.run(None if dest is None else _local_path(dest))
+        location = parse_uri(cast("str | os.PathLike[str]", uri))
+        return Download(self, location, options).run(None if dest is None else local_path(dest))
 
     def download_many(
         self,
-        uris: Sequence[str | os.PathLike[str]],
+        uris: Sequence[Source],
         dests: Sequence[str | os.PathLike[str] | None] | None = None,
         **options: Any,
     ) -> list[str]:
@@ -113,15 +145,108 @@ class StorageClient:
         taken = [os.path.abspath(place) for place in places if place is not None]
         if len(set(taken)) != len(taken):
             raise InvalidInput("download_many was given the same destination twice")
-        results: list[str] = [""] * len(uris)
+        from storage.client.parallel import map_parallel
 
-        def download(index: int, _: threading.Event) -> None:
-            results[index] = self.download(uris[index], places[index], **options)
+        # The sources share the connections of the client; only the threads are bounded here.
+        pairs = list(zip(uris, places, strict=True))
+        return map_parallel(lambda pair: self.download(*pair, **options), pairs)
 
-        # The sources share the connections of the client; this only bounds the threads.
-        tasks = [partial(download, index) for index in range(len(uris))]
-        run_tasks(tasks, Budget(min(8, max(1, len(uris)))), len(uris))
-        return results
+    def lock(
+        self,
+        uris: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        config: Any = None,
+        allow_patterns: PatternArgument = None,
+        ignore_patterns: PatternArgument = None,
+        progress: ProgressCallback | None = None,
+    ) -> LockFile:
+        """Write down what sources are now; see :meth:`storage.Storage.lock`."""
+        from storage.client.locked import make_lock
+
+        several = [uris] if isinstance(uris, (str, os.PathLike)) else list(uris)
+        patterns = Patterns(allow_patterns, ignore_patterns)
+        return make_lock(self, several, config, patterns, progress)
+
+    @overload
+    def download_locked(
+        self,
+        lock: LockFile | str | os.PathLike[str],
+        uri: str | os.PathLike[str],
+        dest: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> str: ...
+
+    @overload
+    def download_locked(
+        self,
+        lock: LockFile | str | os.PathLike[str],
+        uri: None = None,
+        dest: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> list[str]: ...
+
+    def download_locked(
+        self,
+        lock: LockFile | str | os.PathLike[str],
+        uri: str | os.PathLike[str] | None = None,
+        dest: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> str | list[str]:
+        """Download exactly what was locked; see :meth:`storage.Storage.download_locked`."""
+        from storage.client.locked import download_locked
+
+        return download_locked(self, lock, uri, dest, options)
+
+    def prefetch(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        config: Any = None,
+        pin: bool = False,
+        jobs: int = 4,
+    ) -> list[PrefetchResult]:
+        """Fill the cache with all that a file names, safe from a power cut.
+
+        Args:
+            file: a lock file, or text with one source a line; several sources of one model
+                are separated by spaces, and lines that begin with ``#`` are comments.
+            config: for those sources whose type it fits.
+            pin: never evict them.
+            jobs: models fetched at once.
+
+        Returns:
+            What became of each entry, in order; a failure does not keep others from coming.
+
+        Raises:
+            ConfigurationError: the file cannot be read, or a line or an entry is unusable.
+        """
+        from storage.client.prefetch import prefetch
+
+        return prefetch(self, file, config, pin, jobs)
+
+    def repair(
+        self,
+        *,
+        full: bool = False,
+        config: Any = None,
+        progress: ProgressCallback | None = None,
+    ) -> list[Repair]:
+        """Verify the cache, and fetch again what is damaged or missing from where it came from.
+
+        Args:
+            full: hash every blob; else only those that are in doubt.
+            config: for those sources whose type it fits.
+            progress: called while bytes move.
+
+        Returns:
+            What became of each model that was not in order; none if all are.
+
+        Raises:
+            ConfigurationError: what is there is another kind of cache.
+        """
+        from storage.client.repair import repair
+
+        return repair(self, full=full, config=config, progress=progress)
 
     def plan_download(
         self,
@@ -150,8 +275,12 @@ class StorageClient:
         progress: ProgressCallback | None = None,
     ) -> bool:
         """Store a file or a folder; see :meth:`storage.Storage.upload`."""
-        location = _writable(parse_uri(uri))
+        location = writable(parse_uri(uri))
         source = os.fspath(src)
+        # Here and below: a process that finds its model in the cache should not import what
+        # only the others need.
+        from storage.transfer.upload import SourceFile, scan, upload
+
         is_tree, files = scan(source, Patterns(allow_patterns, ignore_patterns))
         prefix = location.prefix if is_tree or location.forces_tree else None
         backend = self.backend(location, config)
@@ -232,7 +361,7 @@ class StorageClient:
         self, uri: str | os.PathLike[str], *, config: Any = None, recursive: bool = False
     ) -> bool:
         """Delete an object or a tree; see :meth:`storage.StorageOperations.delete_object`."""
-        location = _writable(parse_uri(uri))
+        location = writable(parse_uri(uri))
         is_tree, found = self.run_retried(self.resolve_all, location, config)
         if is_tree and not recursive:
             raise InvalidInput(
@@ -255,9 +384,11 @@ class StorageClient:
         progress: ProgressCallback | None = None,
     ) -> bool:
         """Copy an object or a tree; see :meth:`storage.StorageOperations.copy_object`."""
-        source, target = parse_uri(src_uri), _writable(parse_uri(dest_uri))
+        source, target = parse_uri(src_uri), writable(parse_uri(dest_uri))
         if dest_config is None and source.type == target.type:
             dest_config = config
+        from storage.client.copy import Copy
+
         Copy(self, source, target, config, dest_config, progress).run()
         return True
 
@@ -274,9 +405,13 @@ class StorageClient:
             raise InvalidInput(f"{location} names a tree; only an object can be opened")
         if mode == "rb":
             info = self.run_retried(backend.stat, location.key, location.version)
+            from storage.transfer.reader import open_reader
+
             return open_reader(backend, info, retry, str(location))
         if mode in ("wb", "xb"):
-            _writable(location)
+            writable(location)
+            from storage.transfer.writer import open_writer
+
             return open_writer(backend, location.key, retry, str(location), if_absent=mode == "xb")
         raise InvalidInput(f"the mode is {mode!r}; expected 'rb', 'wb' or 'xb'")
 
@@ -287,7 +422,11 @@ class StorageClient:
     # -- life --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Free the connections. A later call opens new ones."""
+        """Free the connections. A later call opens new ones.
+
+        What was downloaded without a destination stays where it is as long as this process
+        lives; ``client.cache.close()`` lets it be evicted.
+        """
         with self._lock:
             backends, self._backends = self._backends, {}
             mine = self._pid == os.getpid()
@@ -309,35 +448,44 @@ class StorageClient:
     # -- what the parts share ----------------------------------------------------------------
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> AnySettings:
         """The settings in force; read from the environment and the file on first use."""
         if self._given_settings is None:
-            from storage.config import load_settings
-
-            self._given_settings = load_settings()
+            self._given_settings = current_settings()
         return self._given_settings
 
     def backend(self, location: Location, config: Any = None) -> Backend:
         """Return the backend for the bucket of ``location``, the same one for the same config."""
-        config = self._resolve_config(location, config)
+        config = self.resolve_config(location, config)
         transfer = self.settings.transfer
         key = (_store_of(location), location.bucket, config)
         with self._lock:
             if self._pid != os.getpid():
                 # Sockets and threads stayed with the parent.
-                self._pid, self._backends, self._budget = os.getpid(), {}, None
+                self._pid, self._backends = os.getpid(), {}
+                self._budget = self._limiter = None
             backend = self._backends.get(key)
             if backend is None:
+                from storage.backends.base import OpenOptions
+
                 options = OpenOptions(
                     transfer.connections,
                     transfer.connect_timeout,
                     transfer.stall_timeout,
                     transfer.memory,
                 )
-                backend = self._backends[key] = open_backend(location, config, options)
+                backend = open_backend(location, config, options)
+                if transfer.limit_rate is not None and not location.is_local:
+                    from storage.transfer.limits import RateLimiter, limited
+
+                    if self._limiter is None:
+                        self._limiter = RateLimiter(transfer.limit_rate)
+                    backend = limited(backend, self._limiter)
+                self._backends[key] = backend
         return backend
 
-    def _resolve_config(self, location: Location, config: Any) -> Any:
+    def resolve_config(self, location: Location, config: Any) -> Any:
+        """Return the config that applies to ``location``: the call's, the client's, and so on."""
         from storage.config import resolve_config
 
         if config is None and self._config is not None and self._default_fits(location):
@@ -346,9 +494,9 @@ class StorageClient:
 
     def share_store(self, one: Location, config: Any, other: Location, other_config: Any) -> bool:
         """Tell whether two locations are in buckets of the same store, with the same config."""
-        return _store_of(one) == _store_of(other) and self._resolve_config(
+        return _store_of(one) == _store_of(other) and self.resolve_config(
             one, config
-        ) == self._resolve_config(other, other_config)
+        ) == self.resolve_config(other, other_config)
 
     def _default_fits(self, location: Location) -> bool:
         """Tell whether the client's own config is meant for stores of this kind."""
@@ -361,9 +509,30 @@ class StorageClient:
         return is_tree, list(found)
 
     @property
+    def cache(self) -> ModelCache:
+        """The cache of this client."""
+        with self._lock:
+            if self._cache is None:
+                from storage.cache.cache import ModelCache
+
+                settings = self.settings
+                self._cache = ModelCache(
+                    str(settings.cache_dir),
+                    lower=map(str, settings.cache_lower),
+                    algorithm=settings.digest_algorithm,
+                    budget=settings.cache_budget,
+                    grace=settings.cache_grace,
+                    lock_timeout=settings.cache_lock_timeout,
+                )
+            return self._cache
+
+    @property
     def transfer_options(self) -> TransferOptions:
         """Sizes and retries of this client's transfers."""
         if self._options is None:
+            from storage.transfer.engine import PART_GRANULE, TransferOptions
+            from storage.transfer.retry import RetryPolicy
+
             transfer = self.settings.transfer
             self._options = TransferOptions(
                 transfer.connections,
@@ -378,21 +547,16 @@ class StorageClient:
         """The connections that all transfers of this client share."""
         with self._lock:
             if self._budget is None:
-                self._budget = Budget(self.settings.transfer.connections)
+                from storage.transfer.engine import Budget
+                from storage.transfer.limits import connections_at
+
+                transfer = self.settings.transfer
+                self._budget = Budget(connections_at(transfer.limit_rate, transfer.connections))
             return self._budget
 
     def run_retried(self, function: Callable[..., T], *args: Any) -> T:
         """Call a short operation of a backend, and again if it failed for a passing reason."""
         return self.transfer_options.retry.run(partial(function, *args))
-
-
-def _local_path(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise InvalidInput(f"a destination is the path of a file or folder, not {path!r}")
-    if "://" in text:
-        raise InvalidInput(f"{redact(text)!r} is a URI; a destination is a local path")
-    return text
 
 
 def _store_of(location: Location) -> tuple[object, ...]:
@@ -415,17 +579,6 @@ def _authority(location: Location) -> str | None:
         return None
     authority = "/".join(location.url.split("/", 3)[:3])
     return f"{authority}?{urlsplit(location.url).query}" if location.type == "http" else authority
-
-
-def _writable(location: Location) -> Location:
-    if location.digest is not None:
-        raise InvalidInput(
-            f"{location} is given with a digest, which says what is expected of a source; "
-            "nothing is written or deleted by its digest; leave it out"
-        )
-    if location.version is not None and location.scheme != "hf":
-        raise InvalidInput(f"{location} names one version of an object; versions are never written")
-    return location
 
 
 def _holds_anything(backend: Backend, prefix: str) -> bool:

@@ -1,63 +1,84 @@
-"""One download from URI to local path: plan, cache, destination, verification."""
+"""One download from URI to local path: where it may come from, and where it goes."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from storage.cache.snapshots import SnapshotStore, source_id
-from storage.config.ambient import is_true
+from storage.client.offline import Offline, offline_mode
+from storage.config.freshness import Freshness, read_freshness
 from storage.digest import Digest, hash_file, tree_digest
 from storage.errors import IntegrityError, InvalidInput, OfflineError, UnreachableError
-from storage.transfer.destination import Destination, check_space, translate_os_errors
-from storage.transfer.download import fetch
-from storage.transfer.plan import Patterns, Plan, make_plan, resolve
+from storage.files import check_space, materialise, translate_os_errors
+from storage.transfer.plan import Patterns, Plan, PlannedFile, make_plan, resolve
 from storage.transfer.progress import Meter, ProgressCallback
 from storage.uri import Location
 
 if TYPE_CHECKING:
+    from storage.backends.base import Backend
+    from storage.cache.manifests import Manifest
+    from storage.client.cached import CachedDownload
     from storage.client.client import StorageClient
+    from storage.transfer.download import FetchedFile
 
-__all__ = ["Download"]
+__all__ = ["Download", "DownloadOptions", "Link"]
+
+Link = Literal["hardlink", "symlink"]
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadOptions:
+    """What a call of ``download`` says beside the source and the destination."""
+
+    config: Any = None
+    patterns: Patterns = Patterns()  # noqa: RUF009 -- it is never changed
+    digest: Digest | None = None
+    files: Mapping[str, Digest] | None = None
+    """Digests that single files must have, by path."""
+
+    unpack: bool = False
+    offline: Offline = None
+    freshness: Freshness | None = None
+    cache: bool | None = None
+    """Whether the cache is filled; ``None``: if there is no destination."""
+
+    link: Link | None = None
+    durable: bool | None = None
+    overwrite: bool = False
+    progress: ProgressCallback | None = None
 
 
 class Download:
     """What one call of ``download`` was asked for, and the ways to do it."""
 
-    def __init__(
-        self,
-        client: StorageClient,
-        location: Location,
-        config: Any,
-        patterns: Patterns,
-        digest: str | Digest | None,
-        unpack: bool,
-        offline: bool | str | None,
-        overwrite: bool,
-        progress: ProgressCallback | None,
-    ) -> None:
+    def __init__(self, client: StorageClient, location: Location, options: DownloadOptions) -> None:
         """Keep the arguments; refuse what contradicts itself."""
-        self._client = client
-        self._location = location
-        self._config = config
-        self._patterns = patterns
-        self._expected = _expected(location, digest)
-        self._unpack = unpack
-        # The Hub's own switch, which its users set already.
-        if offline is not False and location.scheme == "hf" and is_true("HF_HUB_OFFLINE"):
-            offline = True
-        self._offline = client.settings.offline if offline is None else offline
-        if self._offline not in (True, False, "auto"):
-            raise InvalidInput(f"offline is True, False or 'auto', not {offline!r}")
-        self._overwrite = overwrite
-        self._progress = progress
-        self._cache = SnapshotStore(str(client.settings.cache_dir))
+        self.client = client
+        self.location = location
+        self.config = options.config
+        self.patterns = options.patterns
+        self.unpack = options.unpack
+        self.progress = options.progress
+        self.expected = _expected(location, options.digest)
+        settings = client.settings
+        self.freshness = read_freshness(
+            settings.freshness if options.freshness is None else options.freshness
+        )
+        self.durable = settings.durable if options.durable is None else options.durable
+        self._files = options.files or {}
+        self._offline = offline_mode(settings, location, options.offline)
+        self._overwrite = options.overwrite
+        self._fill = options.cache
+        self.link = options.link
+        if self.link not in (None, "hardlink", "symlink"):
+            raise InvalidInput(f"link is 'hardlink', 'symlink' or None, not {self.link!r}")
 
     def run(self, dest: str | None) -> str:
         """Download to ``dest``, or to where the cache keeps it, and return the path."""
-        if self._location.is_local:
+        if self.location.is_local:
             return self._from_this_machine(dest)
         if self._offline is True:
             return self._from_cache(dest)
@@ -73,37 +94,58 @@ class Download:
             warnings.warn(f"{exc}; the cached copy is used", RuntimeWarning, stacklevel=4)
             return path
 
+    @property
+    def backend(self) -> Backend:
+        """The backend of the source."""
+        return self.client.backend(self.location, self.config)
+
+    def make_plan(self, location: Location | None = None) -> Plan:
+        """Ask the store what there is at ``location``, by default the source itself."""
+        where = self.location if location is None else location
+        plan = self.client.run_retried(make_plan, self.backend, where, self.patterns)
+        if self.unpack and plan.is_tree:
+            raise InvalidInput(f"{plan.uri} is a tree; unpack=True is for one archive")
+        return plan
+
+    def demand(self, file: PlannedFile, is_tree: bool) -> Digest | None:
+        """Return the digest that a file must have because the caller says so."""
+        return self._files.get(file.path, None if is_tree else self.expected)
+
+    # -- from this machine -------------------------------------------------------------------
+
     def _from_this_machine(self, dest: str | None) -> str:
         if dest is not None:
             self._refuse_overlap(dest)
-        elif not self._unpack and not self._patterns.active:
+        elif not self.unpack and not self.patterns.active:
             return self._in_place()
-        return self._from_store(dest)
+        if dest is None:
+            return self._through_cache(None)
+        return self._fetch(self.make_plan(), dest, None)
 
     def _in_place(self) -> str:
         """Return the path of what is here already, checked if a digest is expected."""
-        backend = self._client.backend(self._location, self._config)
-        is_tree, objects = resolve(backend, self._location)
-        if self._location.scheme == "pvc":
+        backend = self.backend
+        is_tree, objects = resolve(backend, self.location)
+        if self.location.scheme == "pvc":
             # Whoever reads the tree follows its links: none of them may lead out of the claim.
             objects = iter(list(objects))
-        path = backend.local_path(self._location.key.rstrip("/"))
+        path = backend.local_path(self.location.key.rstrip("/"))
         assert path is not None
-        if self._expected is not None:
-            skip = len(self._location.prefix)
+        if self.expected is not None:
+            skip = len(self.location.prefix)
             self._check_files(
                 path, [info.key[skip:] for info in objects] if is_tree else [], is_tree
             )
         return path
 
     def _refuse_overlap(self, dest: str) -> None:
-        backend = self._client.backend(self._location, self._config)
-        source = backend.local_path(self._location.key.rstrip("/"))
+        backend = self.backend
+        source = backend.local_path(self.location.key.rstrip("/"))
         assert source is not None
         source, target = os.path.realpath(source), os.path.realpath(dest)
         inside = os.path.join(target, "")
         # A whole tree may be put onto itself; a part of it would take the rest away.
-        onto_itself = source == target and self._patterns.active
+        onto_itself = source == target and self.patterns.active
         if target.startswith(os.path.join(source, "")) or (
             (source.startswith(inside) or onto_itself) and os.path.isdir(source)
         ):
@@ -112,104 +154,163 @@ class Download:
                 "choose a destination elsewhere"
             )
 
-    def _from_store(self, dest: str | None) -> str:
-        plan = self._client.run_retried(
-            make_plan,
-            self._client.backend(self._location, self._config),
-            self._location,
-            self._patterns,
-        )
-        if dest is None:
-            return self._to_cache(plan)
-        path = dest
-        if not plan.is_tree and not self._unpack and (dest.endswith("/") or os.path.isdir(dest)):
-            path = os.path.join(dest, plan.files[0].path)
-        return self._fetch(plan, path, self._overwrite)
+    # -- from a store ------------------------------------------------------------------------
 
-    def _to_cache(self, plan: Plan) -> str:
-        fingerprint = plan.fingerprint()
-        snapshot = source_id(self._source, *self._filters, fingerprint)
-        path = self._cache.place(snapshot, self._name(plan))
-        if fingerprint is not None and os.path.exists(path):
-            self._check_present(plan, path)
-        else:
-            path = self._fetch(plan, path, overwrite=True)
-        reference = source_id(self._source, *self._filters)
-        is_tree = plan.is_tree or self._unpack
-        self._cache.remember(
-            reference, self._cache.new_snapshot(str(self._location), path, is_tree)
-        )
-        return path
+    def _from_store(self, dest: str | None) -> str:
+        if dest is None or self._fill:
+            return self._through_cache(dest)
+        cached = self._cached()
+        try:
+            manifest = cached.fresh(cached.last())
+            if manifest is not None:
+                self.tell_present(manifest)
+                return self._materialise(manifest, dest)
+            return self._fetch(self.make_plan(), dest, cached)
+        finally:
+            cached.release()
+
+    def _through_cache(self, dest: str | None) -> str:
+        cached = self._cached()
+        try:
+            manifest = cached.obtain()
+            if dest is not None:
+                return self._materialise(manifest, dest)
+            return cached.keep(manifest)
+        finally:
+            cached.release()
 
     def _from_cache(self, dest: str | None) -> str:
         """Take what the source was when it was cached last; no backend, no socket."""
-        reference = source_id(self._source, *self._filters)
-        path = self._cache.recall(reference, str(self._location))
-        is_tree = os.path.isdir(path)
-        if self._expected is not None and not self._unpack:
-            self._check_files(path, _files_below(path) if is_tree else [], is_tree)
-        if dest is None:
-            return path
+        cached = self._cached()
+        try:
+            manifest = cached.offline()
+            self.tell_present(manifest)
+            return cached.keep(manifest) if dest is None else self._materialise(manifest, dest)
+        finally:
+            cached.release()
+
+    def _cached(self) -> CachedDownload:
+        from storage.client.cached import CachedDownload
+
+        return CachedDownload(self)
+
+    def tell_present(self, manifest: Manifest) -> None:
+        """Tell whoever watches that all of a model is here already."""
+        size, count = manifest.size, len(manifest.files)
+        meter = Meter("download", str(self.location), size, count, self.progress)
+        meter.add_present(size)
+        for _ in manifest.files:
+            meter.add_object()
+        meter.finish()
+
+    # -- to a destination --------------------------------------------------------------------
+
+    def _final_path(self, dest: str, is_tree: bool, name: str) -> str:
+        """Return the path of the file or tree itself; ``name`` is the file's."""
         if not is_tree and (dest.endswith("/") or os.path.isdir(dest)):
-            dest = os.path.join(dest, os.path.basename(path))
+            return os.path.join(dest, name)
+        return dest
+
+    def _materialise(self, manifest: Manifest, dest: str) -> str:
+        """Put files of the cache to ``dest``."""
+        from storage.transfer.destination import Destination
+
+        cache = self.client.cache
+        path = self._final_path(dest, manifest.is_tree, manifest.files[0].path)
         with Destination(
-            dest, tree=is_tree, overwrite=self._overwrite, durable=self._durable
+            path, tree=manifest.is_tree, overwrite=self._overwrite, durable=self.durable
         ) as destination:
-            with translate_os_errors(dest):
-                if is_tree:
-                    shutil.copytree(path, destination.content, dirs_exist_ok=True)
-                else:
-                    shutil.copyfile(path, destination.content)
+            if self.link is None:
+                check_space(os.path.dirname(destination.content), manifest.size)
+            with translate_os_errors(path):
+                root = destination.content
+                for folder in manifest.folders:
+                    os.makedirs(os.path.join(root, folder), exist_ok=True)
+                for file in manifest.files:
+                    place = os.path.join(root, file.path) if manifest.is_tree else root
+                    os.makedirs(os.path.dirname(place), exist_ok=True)
+                    # A link to a blob could not be a program.
+                    link = None if file.executable else self.link
+                    blob = cache.blob_path(file.digest)
+                    materialise(blob, place, link, executable=file.executable)
+                for name, target in manifest.links:
+                    os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
+                    os.symlink(target, os.path.join(root, name))
             return destination.publish()
 
-    def _fetch(self, plan: Plan, path: str, overwrite: bool) -> str:
-        """Fetch, verify and publish."""
-        if self._unpack and plan.is_tree:
-            raise InvalidInput(f"{plan.uri} is a tree; unpack=True is for one archive")
-        is_tree = plan.is_tree or self._unpack
-        client = self._client
-        meter = Meter("download", plan.uri, plan.size, len(plan.files), self._progress)
+    def _fetch(self, plan: Plan, dest: str, cached: CachedDownload | None) -> str:
+        """Put what is cached and fetch what is not; verify and publish."""
+        from storage.transfer.destination import Destination
+
+        is_tree = plan.is_tree or self.unpack
+        path = self._final_path(dest, is_tree, plan.files[0].path)
+        meter = Meter("download", plan.uri, plan.size, len(plan.files), self.progress)
         with Destination(
-            path, tree=is_tree, overwrite=overwrite, durable=self._durable
+            path, tree=is_tree, overwrite=self._overwrite, durable=self.durable
         ) as destination:
             check_space(os.path.dirname(destination.content), plan.size or 0)
-            archive = destination.scratch(plan.files[0].path) if self._unpack else None
-            files = fetch(
-                client.backend(self._location, self._config),
-                plan,
-                destination.content if plan.is_tree else None,
-                archive if self._unpack else destination.content,
-                options=client.transfer_options,
-                budget=client.budget,
-                meter=meter,
-                algorithms=() if self._expected is None else (self._expected.algorithm,),
-                expected=None if plan.is_tree else self._expected,
-            )
+            archive = destination.scratch(plan.files[0].path) if self.unpack else None
+            place = archive or destination.content
+            digests: dict[str, Mapping[str, Digest]] = {}
+            for file in plan.files:
+                target = os.path.join(place, file.path) if plan.is_tree else place
+                found = None if cached is None else cached.put(file, plan.is_tree, target)
+                if found is not None:
+                    digests[file.path] = found
+                    meter.add_present(file.info.size or 0)
+                    meter.add_object()
+            missing = tuple(file for file in plan.files if file.path not in digests)
+            rest = replace(plan, files=missing)
+            folder, single = (place, None) if plan.is_tree else (None, place)
+            for fetched in self.fetch(rest, folder, single, meter):
+                digests[fetched.path] = fetched.digests
             if plan.is_tree:
-                self._check_tree({file.path: file.digests for file in files})
+                self._check_tree(digests)
             if archive is not None:
-                from storage.container.archive import extract_archive
-
-                with translate_os_errors(path):
-                    extract_archive(archive, destination.content)
-                    os.unlink(archive)
+                self.extract(archive, destination.content)
+                os.unlink(archive)
             published = destination.publish()
         meter.finish()
         return published
 
-    def _check_present(self, plan: Plan, path: str) -> None:
-        if self._expected is not None and not self._unpack:
-            self._check_files(path, [file.path for file in plan.files], plan.is_tree)
-        meter = Meter("download", plan.uri, plan.size, len(plan.files), self._progress)
-        meter.add_present(plan.size or 0)
-        for _ in plan.files:
-            meter.add_object()
-        meter.finish()
+    # -- what the ways share -----------------------------------------------------------------
+
+    def fetch(
+        self, plan: Plan, folder: str | None, file: str | None, meter: Meter, **options: Any
+    ) -> list[FetchedFile]:
+        """Fetch and verify what is in ``plan``; see :func:`storage.transfer.download.fetch`."""
+        from storage.transfer.download import fetch
+
+        if not plan.files:
+            return []
+        algorithms = {*options.pop("algorithms", ())}
+        if self.expected is not None:
+            algorithms.add(self.expected.algorithm)
+        return fetch(
+            self.backend,
+            plan,
+            folder,
+            file,
+            options=self.client.transfer_options,
+            budget=self.client.budget,
+            meter=meter,
+            algorithms=algorithms,
+            expected=None if plan.is_tree else self.expected,
+            expected_files=self._files,
+            **options,
+        )
+
+    def extract(self, archive: str, folder: str) -> None:
+        """Unpack the archive that the source is."""
+        from storage.container.archive import extract_archive
+
+        with translate_os_errors(folder):
+            extract_archive(archive, folder)
 
     def _check_files(self, path: str, files: list[str], is_tree: bool) -> None:
         """Compare files that are here already with the expected digest."""
-        assert self._expected is not None
-        algorithm = self._expected.algorithm
+        assert self.expected is not None
+        algorithm = self.expected.algorithm
         with translate_os_errors(path):
             if is_tree:
                 self._check_tree(
@@ -217,40 +318,21 @@ class Download:
                 )
                 return
             found = hash_file(path, (algorithm,))[algorithm]
-        if found != self._expected:
+        if found != self.expected:
             raise IntegrityError(
-                f"{self._location}: expected {self._expected}, but {path} is {found}"
+                f"{self.location}: expected {self.expected}, but {path} is {found}"
             )
 
-    def _check_tree(self, digests: dict[str, dict[str, Digest]]) -> None:
-        if self._expected is None:
+    def _check_tree(self, digests: Mapping[str, Mapping[str, Digest]]) -> None:
+        if self.expected is None:
             return
-        algorithm = self._expected.algorithm
+        algorithm = self.expected.algorithm
         found = tree_digest({path: each[algorithm] for path, each in digests.items()}, algorithm)
-        if found != self._expected:
+        if found != self.expected:
             raise IntegrityError(
-                f"{self._location}: the tree is expected to be {self._expected}, but what "
+                f"{self.location}: the tree is expected to be {self.expected}, but what "
                 f"arrived is {found}; nothing was published"
             )
-
-    @property
-    def _durable(self) -> bool:
-        return self._client.transfer_options.durable
-
-    @property
-    def _source(self) -> str:
-        """Identity of the source for the cache; hashed before it is written anywhere."""
-        return self._location.url or str(self._location)
-
-    @property
-    def _filters(self) -> tuple[object, ...]:
-        return self._patterns.allow, self._patterns.ignore, self._unpack
-
-    def _name(self, plan: Plan) -> str:
-        if not plan.is_tree:
-            return plan.files[0].path
-        name = self._location.name or self._location.bucket.replace("/", "--")
-        return name if name not in ("", ".", "..") else "model"
 
 
 def _expected(location: Location, digest: str | Digest | None) -> Digest | None:
@@ -261,11 +343,3 @@ def _expected(location: Location, digest: str | Digest | None) -> Digest | None:
             f"{location}: the URI expects {named} and the call expects {given}; drop one"
         )
     return given or named
-
-
-def _files_below(folder: str) -> list[str]:
-    return [
-        os.path.relpath(os.path.join(root, name), folder)
-        for root, _, names in os.walk(folder)
-        for name in names
-    ]

@@ -509,3 +509,10 @@ def sha256_of_files(folder: str | os.PathLike[str]) -> dict[str, str]:
 def stores_with(features: Iterable[str]) -> list[str]:
     """Return the names of the stores that have all of ``features``."""
     return [name for name in STORES if not any(name in GAPS[feature] for feature in features)]
+
+
+def cached_content() -> list[str]:
+    """Return what the cache holds that a download left: not its version and its locks."""
+    cache = Path(os.environ["STORAGE_CACHE_DIR"])
+    files = (path.relative_to(cache) for path in cache.rglob("*") if path.is_file())
+    return sorted(str(path) for path in files if path.parts[0] not in ("VERSION", "locks"))

@@ -276,8 +276,10 @@ def test_what_is_published_has_the_modes_that_the_user_wants(models: Store, out:
     kept = Path(Storage.download(models.uri("v1")))
     for folder in (tree, tree / "config", kept, kept / "config"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask()
-    for path in (file, tree / "model.bin", kept / "model.bin"):
+    for path in (file, tree / "model.bin"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask()
+    # What several models may share is nobody's to change.
+    assert stat.S_IMODE((kept / "model.bin").stat().st_mode) == 0o444 & ~umask()
 
 
 # -- failures --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from storage import (
     StorageOperations,
     tree_digest,
 )
-from tests.facade.stores import Store, needs, tree_bytes
+from tests.facade.stores import Store, cached_content, needs, tree_bytes
 
 DATA = b"weights" * 1000
 HASHES: dict[str, Callable[[bytes], str]] = {
@@ -89,8 +89,7 @@ def test_the_wrong_digest_publishes_nothing(store: Store, out: Path, algorithm: 
     with pytest.raises(IntegrityError):
         Storage.download(uri, out / "a", config=config, digest=f"{algorithm}:{wrong}")
     assert os.listdir(out) == []
-    cache = Path(os.environ["STORAGE_CACHE_DIR"])
-    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert cached_content() == []
 
 
 def test_a_bare_digest_is_a_sha256(make_store: Callable[[str], Store]) -> None:

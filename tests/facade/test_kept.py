@@ -20,16 +20,12 @@ from storage import (
     UnreachableError,
 )
 from storage.config import load_settings
-from tests.facade.stores import S3Store, Store, needs, s3_config, tree_bytes
-from tests.servers import CountingProxy, free_port
+from tests.facade.stores import S3Store, Store, cached_content, needs, s3_config, tree_bytes
+from tests.servers import CountingProxy
 
 TREE = {"model.bin": b"weights", "config/params.json": b"{}", "empty": b""}
 
 MakeProxy = Callable[[str], CountingProxy]
-
-
-def cached_files() -> list[Path]:
-    return [path for path in Path(os.environ["STORAGE_CACHE_DIR"]).rglob("*") if path.is_file()]
 
 
 def bodies(proxy: CountingProxy) -> list[str]:
@@ -42,13 +38,13 @@ def bodies(proxy: CountingProxy) -> list[str]:
 
 
 @needs("remote")
-def test_a_tree_and_an_object_are_kept_under_their_names(store: Store) -> None:
+def test_a_tree_is_a_folder_and_an_object_keeps_its_name(store: Store) -> None:
     store.put_all({f"iris/{path}": data for path, data in TREE.items()})
     tree = Storage.download(store.uri("iris"), config=store.config)
     file = Storage.download(store.uri("iris/model.bin"), config=store.config)
-    for path, name in ((tree, "iris"), (file, "model.bin")):
-        assert os.path.basename(path) == name
+    for path in (tree, file):
         assert path.startswith(os.environ["STORAGE_CACHE_DIR"] + "/")
+    assert os.path.basename(file) == "model.bin"
     assert os.path.isdir(tree)
     assert os.path.isfile(file)
     assert tree_bytes(tree) == TREE
@@ -117,7 +113,7 @@ def test_what_is_on_this_machine_stays_where_it_is(
         for offline in (None, True, "auto"):
             found = Storage.download(store.uri(path), config=store.config, offline=offline)
             assert found == store.filesystem_path(path).rstrip("/")
-    assert cached_files() == []
+    assert cached_content() == []
 
 
 def test_plain_paths_stay_where_they_are(
@@ -136,7 +132,7 @@ def test_plain_paths_stay_where_they_are(
     ):
         assert Storage.is_local(path)
         assert Storage.download(path) == str(folder / "[1] #%41" / "model.bin")
-    assert cached_files() == []
+    assert cached_content() == []
 
 
 @needs("remote")
@@ -153,19 +149,18 @@ def test_many_threads_get_the_same_whole_tree(store: Store) -> None:
         paths = set(pool.map(download, range(6)))
     assert len(paths) == 1
     assert tree_bytes(paths.pop()) == expected
-    leftovers = [path for path in cached_files() if ".partial" in str(path)]
+    leftovers = [path for path in cached_content() if ".partial" in str(path)]
     assert leftovers == []
 
 
-def test_a_kept_tree_that_was_damaged_in_name_only_is_fetched_again(
+def test_what_lost_its_content_is_fetched_again(
     make_store: Callable[[str], Store],
 ) -> None:
     store = make_store("memory")
     store.put_raw("model.bin", b"weights")
     path = Path(Storage.download(store.uri("model.bin")))
-    path.chmod(0o644)
-    path.unlink()
-    with pytest.raises(OfflineError, match="gone"):
+    path.resolve().unlink()
+    with pytest.raises(OfflineError, match="only in part"):
         Storage.download(store.uri("model.bin"), offline=True)
     assert Path(Storage.download(store.uri("model.bin"))).read_bytes() == b"weights"
 
@@ -248,9 +243,10 @@ def test_auto_falls_back_to_what_was_kept(
     assert isinstance(store, S3Store)
     store.put_raw("model.bin", b"weights")
     uri = store.uri("model.bin")
-    nobody = store.through(f"http://127.0.0.1:{free_port()}")
+    with impatient() as client, CountingProxy(store.server.endpoint) as proxy:
+        nobody = store.through(proxy.endpoint)
+        kept = client.download(uri, config=nobody, offline="auto")
     with impatient() as client:
-        kept = client.download(uri, config=store.config, offline="auto")
         with pytest.warns(RuntimeWarning, match="the cached copy is used"):
             assert client.download(uri, config=nobody, offline="auto") == kept
         with pytest.warns(RuntimeWarning, match="the cached copy is used"):
@@ -287,8 +283,21 @@ def test_offline_needs_no_usable_config(make_store: Callable[[str], Store]) -> N
     store.put_raw("model.bin", b"weights")
     path = Storage.download(store.uri("model.bin"), config=store.config)
     assert Storage.download(store.uri("model.bin"), offline=True) == path
-    other = S3Config("someone", "else", endpoint_url="http://127.0.0.1:1")
-    assert Storage.download(store.uri("model.bin"), config=other, offline=True) == path
+    endpoint = store.config.endpoint_url
+    unusable = S3Config("someone", "else", endpoint_url=endpoint)
+    assert Storage.download(store.uri("model.bin"), config=unusable, offline=True) == path
+
+
+def test_offline_a_bucket_of_the_same_name_elsewhere_is_another(
+    make_store: Callable[[str], Store],
+) -> None:
+    store = make_store("seaweedfs-obstore")
+    assert isinstance(store, S3Store)
+    store.put_raw("model.bin", b"weights")
+    Storage.download(store.uri("model.bin"), config=store.config)
+    elsewhere = S3Config("someone", "else", endpoint_url="http://127.0.0.1:1")
+    with pytest.raises(OfflineError, match="never cached"):
+        Storage.download(store.uri("model.bin"), config=elsewhere, offline=True)
 
 
 # -- several at once -------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tests.facade.stores import (
     FileStore,
     MemoryStore,
     Store,
+    cached_content,
     needs,
     s3_config,
     tree_bytes,
@@ -370,8 +371,7 @@ def check_refused(store: Store, path: str, out: Path) -> str:
         assert "\n" not in messages[-1]
     assert events == []
     assert os.listdir(out) == []
-    cache = Path(os.environ["STORAGE_CACHE_DIR"])
-    assert not [found for found in cache.rglob("*") if found.is_file()]
+    assert cached_content() == []
     assert messages[0] == messages[1]
     return messages[0]
 

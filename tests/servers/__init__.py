@@ -10,7 +10,7 @@ from tests.servers.forward_proxy import ForwardProxy
 from tests.servers.gcs import FakeGCS, GCSShim, OpenSeaweedFS
 from tests.servers.hub import Hub
 from tests.servers.moto import Moto
-from tests.servers.mounts import small_disk
+from tests.servers.mounts import read_only_view, small_disk
 from tests.servers.nginx_http import NginxHTTP
 from tests.servers.odd_http import OddHTTP, Reply, Request, StaticFile
 from tests.servers.process import Server, ServerError, find_program, free_port, free_ports
@@ -43,5 +43,6 @@ __all__ = [
     "find_program",
     "free_port",
     "free_ports",
+    "read_only_view",
     "small_disk",
 ]

@@ -1,4 +1,4 @@
-"""Small file systems, for a disk that is full and one that is read-only."""
+"""Small and read-only file systems, for a disk that is full and one that is never written."""
 
 from __future__ import annotations
 
@@ -32,6 +32,25 @@ def small_disk(
             yield point
         finally:
             # Lazily: a failed test may have left a file open.
+            _run("umount", "--lazy", str(point))
+    finally:
+        point.rmdir()
+
+
+@contextmanager
+def read_only_view(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Show ``folder`` at a second place, where not even root can write to it.
+
+    Raises:
+        ServerError: this process may not mount; see :func:`small_disk`.
+    """
+    point = Path(tempfile.mkdtemp(prefix="view-"))
+    try:
+        _run("mount", "--bind", str(folder), str(point))
+        try:
+            _run("mount", "-o", "remount,bind,ro", str(point))
+            yield point
+        finally:
             _run("umount", "--lazy", str(point))
     finally:
         point.rmdir()

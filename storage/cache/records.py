@@ -1,0 +1,116 @@
+"""Small files that say whether they are whole: one line of JSON, then the SHA-256 of it.
+
+Written under another name and renamed, so that a reader sees the old record or the new one.
+After a power cut a record may be torn all the same; then it counts as damaged, never as true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from storage.cache.layout import Layout
+from storage.files import sync
+
+__all__ = [
+    "DamagedRecordError",
+    "UnreadableRecordError",
+    "make_folder_for",
+    "read_record",
+    "write_record",
+]
+
+
+class DamagedRecordError(Exception):
+    """A record is not what was written. Never seen outside of the cache."""
+
+
+class UnreadableRecordError(DamagedRecordError):
+    """A record could not be read, and may be right all the same."""
+
+
+def write_record(
+    layout: Layout,
+    path: str,
+    value: Mapping[str, Any],
+    *,
+    durable: bool = False,
+    only_new: bool = False,
+) -> bool:
+    """Put a record at ``path``, replacing the one that is there.
+
+    Args:
+        layout: of the cache that ``path`` is in.
+        path: where to.
+        value: what to write; anything that JSON can hold.
+        durable: force it to disk.
+        only_new: leave a whole record alone that is there already.
+
+    Returns:
+        Whether the record was written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    data += b"\n" + hashlib.sha256(data).hexdigest().encode() + b"\n"
+    if only_new:
+        # A torn one is as good as none: it is what is new.
+        with contextlib.suppress(DamagedRecordError):
+            if read_record(path) is not None:
+                return False
+    temporary = layout.temporary()
+    try:
+        with _open_new(temporary) as file:
+            file.write(data)
+            if durable:
+                os.fsync(file.fileno())
+        try:
+            os.replace(temporary, path)
+        except FileNotFoundError:
+            make_folder_for(path)
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    if durable:
+        sync(os.path.dirname(path))
+    return True
+
+
+def _open_new(path: str) -> BinaryIO:
+    try:
+        return open(path, "xb", buffering=0)
+    except FileNotFoundError:
+        make_folder_for(path)
+        return open(path, "xb", buffering=0)
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """Return the record at ``path``, or ``None`` if there is none.
+
+    Raises:
+        DamagedRecordError: it is damaged or cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            text, _, seal = file.read().partition(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as exc:
+        raise UnreadableRecordError(f"{path} cannot be read: {exc.strerror}") from exc
+    if seal.strip().decode("ascii", "replace") != hashlib.sha256(text).hexdigest():
+        raise DamagedRecordError(f"{path} is damaged")
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise DamagedRecordError(f"{path} holds no record")
+    return value
+
+
+def make_folder_for(path: str) -> None:
+    """Make the folder that ``path`` is to be in."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,0 +1,404 @@
+"""One download through the cache: from what is there, else from the store and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from storage.cache.cache import CacheShortfallError
+from storage.cache.index import Known, ObjectKey
+from storage.cache.manifests import Manifest, ManifestFile
+from storage.cache.refs import Ref
+from storage.client.sourcing import object_key, source_of
+from storage.digest import Digest, hash_file
+from storage.errors import (
+    DestinationError,
+    IntegrityError,
+    ModelMissingError,
+    OfflineError,
+    TransferError,
+    TransientError,
+)
+from storage.files import check_space, materialise, translate_os_errors
+from storage.transfer.progress import Meter, Progress
+
+if TYPE_CHECKING:
+    from storage.backends.base import ObjectInfo
+    from storage.cache.filling import Filling
+    from storage.client.download import Download
+    from storage.transfer.download import FetchedFile
+    from storage.transfer.plan import Plan, PlannedFile
+
+__all__ = ["CachedDownload"]
+
+# Of an object larger than this the store is asked for digests that its listing leaves out.
+_WORTH_ASKING = 8 * 1024 * 1024
+_TRIES = 3
+
+
+class CachedDownload:
+    """The part of a download that knows the cache."""
+
+    def __init__(self, job: Download) -> None:
+        """Prepare for ``job``; nothing is touched."""
+        self._job = job
+        self._cache = job.client.cache
+        config = job.client.resolve_config(job.location, job.config)
+        self._source = source_of(job.location, config, job.patterns, job.unpack)
+        self._held: list[str] = []
+        self._leased: str | None = None
+
+    def keep(self, manifest: Manifest) -> str:
+        """Return the path of a model, which stays where it is as long as this process lives."""
+        path = self._cache.open(manifest, durable=self._job.durable)
+        self._leased = None
+        return path
+
+    def release(self) -> None:
+        """Let what this download uses, and did not keep, be evicted again."""
+        self._cache.leases.release_blobs(self._held)
+        self._held.clear()
+        self._lease(None)
+
+    def _lease(self, manifest_id: str | None) -> None:
+        """Hold one manifest instead of another; before anybody looks whether it is there."""
+        if manifest_id == self._leased:
+            return
+        if manifest_id is not None:
+            self._cache.leases.hold(manifests=[manifest_id])
+        if self._leased is not None:
+            self._cache.leases.release(self._leased)
+        self._leased = manifest_id
+
+    def _load(self, ref: Ref) -> Manifest:
+        """Return what ``ref`` says, all of it here and right.
+
+        Raises:
+            CacheShortfallError: it is not.
+        """
+        self._lease(ref.manifest)
+        manifest = self._cache.manifest(ref.manifest)
+        self._cache.check(manifest)
+        return manifest
+
+    # -- without the store -------------------------------------------------------------------
+
+    def offline(self) -> Manifest:
+        """Return what the source was when it was asked last; no backend, no socket.
+
+        Raises:
+            OfflineError: it was never cached, only in part, or it is damaged.
+            IntegrityError: it is not what is expected.
+        """
+        self._cache.check_version()
+        advice = "download it again while the store can be reached"
+        try:
+            ref = self._cache.ref(self._source)
+            if ref is not None:
+                manifest = self._load(ref)
+                self._demand(manifest, ref)
+                return manifest
+        except CacheShortfallError as exc:
+            if exc.damaged:
+                advice = f"`storage cache repair` or {advice}"
+            raise OfflineError(
+                f"{self._job.location} {exc}; offline nothing is fetched; {advice} "
+                f"(cache: {self._cache.upper.path})"
+            ) from exc
+        pending = self._cache.upper.refs.pending(self._source)
+        if pending is not None:
+            there = sum(self._has(key, (), None) is not None for key in pending.keys)
+            raise OfflineError(
+                f"{self._job.location} is cached only in part: {there} of {pending.files} files "
+                f"are there; offline nothing is fetched; {advice} "
+                f"(cache: {self._cache.upper.path})"
+            )
+        raise OfflineError(
+            f"{self._job.location} was never cached with these filters, and offline nothing is "
+            "fetched; download it once while the store can be reached "
+            f"(cache: {self._cache.upper.path})"
+        )
+
+    def last(self) -> tuple[Ref, Manifest] | None:
+        """Return what the source had last, if all of it is here and right."""
+        self._cache.check_version()
+        try:
+            ref = self._cache.ref(self._source)
+            return None if ref is None else (ref, self._load(ref))
+        except CacheShortfallError:
+            return None
+
+    def fresh(self, last: tuple[Ref, Manifest] | None) -> Manifest | None:
+        """Return what the source had last, if the call allows that to be used unasked.
+
+        It does if it is young enough, or has the digest that is expected.
+        """
+        if last is None:
+            return None
+        ref, manifest = last
+        if self._job.expected is not None:
+            found = self._digest(manifest, ref, self._job.expected.algorithm)
+            return manifest if found == self._job.expected else None
+        age = time.time() - ref.validated_at
+        limit = self._job.freshness
+        # A clock that was set back makes no old answer young.
+        return manifest if math.isinf(limit) or 0 <= age < limit else None
+
+    # -- with the store ----------------------------------------------------------------------
+
+    def obtain(self) -> Manifest:
+        """Return what the source is now, after fetching into the cache what is not there."""
+        from storage.cache.locks import SourceLock
+
+        last = self.last()
+        found = self.fresh(last) or self._unchanged_tree(last)
+        if found is None:
+            plan = self._job.make_plan()
+            found = self._unchanged(plan, last)
+        if found is not None:
+            self._job.tell_present(found)
+            return found
+        path = os.path.join(self._cache.upper.layout.locks, f"{self._source.identity}.lock")
+        with SourceLock(path, timeout=self._cache.lock_timeout) as lock:
+            for _ in range(_TRIES):
+                # Another process may have fetched it while this one waited.
+                found = self._unchanged(plan, self.last())
+                if found is not None:
+                    self._job.tell_present(found)
+                    return found
+                try:
+                    return self._fill(plan, lock.beat)
+                except CacheShortfallError as exc:
+                    shortfall = exc
+            raise TransferError(
+                f"{self._job.location} {shortfall}, {_TRIES} times right after it was fetched; "
+                f"something takes files away from the cache {self._cache.upper.path}"
+            ) from shortfall
+
+    def _unchanged_tree(self, last: tuple[Ref, Manifest] | None) -> Manifest | None:
+        """Ask for a tree as a tree, where it was one: one request tells that nothing changed."""
+        job = self._job
+        if last is None or not last[1].is_tree or job.location.forces_tree or job.unpack:
+            return None
+        try:
+            plan = job.make_plan(replace(job.location, key=job.location.prefix))
+        except ModelMissingError:
+            return None
+        return self._unchanged(plan, last)
+
+    def _unchanged(self, plan: Plan, last: tuple[Ref, Manifest] | None) -> Manifest | None:
+        """Return what the source had last, if the store says that it is the same now."""
+        fingerprint = plan.fingerprint()
+        if last is None or fingerprint is None or last[0].fingerprint != fingerprint:
+            return None
+        ref, manifest = last
+        expected = self._job.expected
+        if expected is not None and self._digest(manifest, ref, expected.algorithm) is None:
+            return None  # of an archive that is gone; fetched again, it will be known
+        self._demand(manifest, ref)
+        with contextlib.suppress(DestinationError), self._cache.writing():
+            self._cache.upper.refs.set(replace(ref, validated_at=time.time()))
+        return manifest
+
+    def _fill(self, plan: Plan, beat: Callable[[], object]) -> Manifest:
+        """Fetch what is not there and make the model known.
+
+        Raises:
+            CacheShortfallError: a part of it went away meanwhile.
+        """
+        job = self._job
+        plan = self._with_digests(plan)
+
+        def report(progress: Progress) -> None:
+            beat()
+            if job.progress is not None:
+                job.progress(progress)
+
+        meter = Meter("download", plan.uri, plan.size, len(plan.files), report)
+        keys = {file.path: self._key(file.info) for file in plan.files}
+        known = {file.path: self._known(file, plan.is_tree) for file in plan.files}
+        files = {
+            path: ManifestFile(path, found.size, found.digest, found.others)
+            for path, found in known.items()
+            if found is not None
+        }
+        for file in files.values():
+            meter.add_present(file.size)
+            meter.add_object()
+        missing = tuple(file for file in plan.files if file.path not in files)
+        size = sum(file.info.size or 0 for file in missing)
+        self._make_room(size)
+        # Not at the top: a process that finds its model should not import what fetches one.
+        from storage.cache.filling import Filling
+
+        with Filling(self._cache, self._source, keys.values(), durable=job.durable) as filling:
+            check_space(filling.folder, size)
+            lock = threading.Lock()
+
+            def take(file: FetchedFile, path: str) -> None:
+                found = filling.take(path, file.path, file.size, file.digests, keys[file.path])
+                with lock:
+                    files[file.path] = found
+
+            fetched = job.fetch(
+                replace(plan, files=missing),
+                filling.folder,
+                None,
+                meter,
+                algorithms=(self._cache.algorithm,),
+                vouched=True,
+                on_file=None if job.unpack else take,
+            )
+            archive: tuple[Digest, ...] = ()
+            if job.unpack:
+                name = plan.files[0].path
+                if fetched:
+                    archive = tuple(fetched[0].digests.values())
+                    manifest = self._unpack(os.path.join(filling.folder, name), filling)
+                else:
+                    archive = (files[name].digest, *files[name].others)
+                    manifest = self._unpack(self._cache.blob_path(files[name].digest), filling)
+            else:
+                manifest = Manifest(plan.is_tree, tuple(files[file.path] for file in plan.files))
+                self._demand(manifest, None)
+            self._lease(manifest.id)
+            filling.publish(manifest, plan.fingerprint(), archive)
+        meter.finish()
+        return manifest
+
+    def _unpack(self, archive: str, filling: Filling) -> Manifest:
+        from storage.cache.partials import new_partial
+
+        with new_partial(self._cache.upper.path) as working:
+            folder = os.path.join(working, "content")
+            os.mkdir(folder)
+            self._job.extract(archive, folder)
+            return filling.take_tree(folder)
+
+    def _make_room(self, size: int) -> None:
+        if self._cache.budget is not None:
+            from storage.cache.evict import make_room
+
+            make_room(self._cache, size)
+
+    # -- single files ------------------------------------------------------------------------
+
+    def put(self, file: PlannedFile, is_tree: bool, target: str) -> dict[str, Digest] | None:
+        """Put an object that the cache has at ``target``; return its digests.
+
+        ``None`` if the cache does not have it.
+
+        Raises:
+            IntegrityError: it is not what is expected.
+        """
+        found = self._known(file, is_tree)
+        if found is None:
+            return None
+        with translate_os_errors(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            materialise(self._cache.blob_path(found.digest), target, self._job.link)
+        return {digest.algorithm: digest for digest in (found.digest, *found.others)}
+
+    def _known(self, file: PlannedFile, is_tree: bool) -> Known | None:
+        """Return the content of an object, if the cache has it; it is held until `release`.
+
+        Its digests are known in the algorithms that the caller has an expectation in.
+        """
+        job = self._job
+        demand = job.demand(file, is_tree)
+        asked = file.info.digests if demand is None else (demand, *file.info.digests)
+        found = self._has(self._key(file.info), asked, file.info.size)
+        if found is None:
+            return None
+        digests = {digest.algorithm: digest for digest in (found.digest, *found.others)}
+        for wanted in (demand, job.expected):
+            if wanted is not None and wanted.algorithm not in digests:
+                blob = self._cache.blob_path(found.digest)
+                digests |= hash_file(blob, (wanted.algorithm,))
+        if demand is not None and digests[demand.algorithm] != demand:
+            raise IntegrityError(
+                f"{job.location}: {file.path} is expected to be {demand}, and the store has "
+                f"{digests[demand.algorithm]}; nothing was published"
+            )
+        digests.pop(found.digest.algorithm)
+        return replace(found, others=tuple(digests[name] for name in sorted(digests)))
+
+    def _has(
+        self, key: ObjectKey | None, digests: Iterable[Digest], size: int | None
+    ) -> Known | None:
+        """Return what the cache knows of an object and has of it; held until `release`."""
+        found = self._cache.known(key, digests, size)
+        if found is not None:
+            self._held.append(str(found.digest))
+        return found
+
+    def _key(self, info: ObjectInfo) -> ObjectKey | None:
+        return object_key(self._source, self._job.location, info.key, info.pin)
+
+    def _with_digests(self, plan: Plan) -> Plan:
+        """Ask for the digests of large objects that a listing does not tell."""
+        job = self._job
+        if not plan.is_tree or not job.backend.capabilities.metadata:
+            return plan
+        asked = {
+            index: file
+            for index, file in enumerate(plan.files)
+            if (file.info.size or 0) > _WORTH_ASKING
+            and not file.info.digests
+            and self._has(self._key(file.info), (), file.info.size) is None
+        }
+        files = list(plan.files)
+
+        def ask(index: int, _: threading.Event) -> None:
+            file = files[index]
+            with contextlib.suppress(ModelMissingError, TransientError):
+                info = job.backend.stat(file.info.key)
+                if not info.differs_from(file.info):
+                    files[index] = replace(file, info=replace(file.info, digests=info.digests))
+
+        from storage.transfer.engine import run_tasks
+
+        run_tasks((partial(ask, index) for index in asked), job.client.budget, len(asked))
+        return replace(plan, files=tuple(files))
+
+    # -- what is expected --------------------------------------------------------------------
+
+    def _demand(self, manifest: Manifest, ref: Ref | None) -> None:
+        """Refuse a model that is not what is expected."""
+        expected = self._job.expected
+        if expected is None:
+            return
+        found = self._digest(manifest, ref, expected.algorithm)
+        if found != expected:
+            raise IntegrityError(
+                f"{self._job.location}: expected {expected}, found "
+                f"{found or f'no {expected.algorithm} digest of the archive that it was'}; "
+                "nothing was published"
+            )
+
+    def _digest(self, manifest: Manifest, ref: Ref | None, algorithm: str) -> Digest | None:
+        """Return the digest of a cached model, or of the archive that it was."""
+        if self._job.unpack:
+            archive = () if ref is None else ref.archive
+            return next((each for each in archive if each.algorithm == algorithm), None)
+        unknown = [file for file in manifest.files if file.digest_in(algorithm) is None]
+        if unknown:
+            manifest = manifest.with_digests(
+                {
+                    file.path: hash_file(self._cache.blob_path(file.digest), (algorithm,))
+                    for file in unknown
+                }
+            )
+            with contextlib.suppress(DestinationError), self._cache.writing():
+                self._cache.upper.manifests.save(manifest)
+                for file in manifest.files:
+                    self._cache.upper.index.learn(Known(file.digest, file.size, file.others), None)
+                self._cache.upper.index.flush()
+        return manifest.digest(algorithm)

@@ -1,0 +1,33 @@
+"""The same for many items at once, with the results in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from storage.transfer.engine import Budget, run_tasks
+
+__all__ = ["map_parallel"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_parallel(function: Callable[[T], R], items: Sequence[T], threads: int = 8) -> list[R]:
+    """Return what ``function`` returns for each of ``items``, in their order.
+
+    Args:
+        function: called by several threads; the first exception ends the work and is raised.
+        items: what it is called with.
+        threads: at most.
+    """
+    results: dict[int, R] = {}
+
+    def run(index: int, _: threading.Event) -> None:
+        results[index] = function(items[index])
+
+    tasks = [partial(run, index) for index in range(len(items))]
+    run_tasks(tasks, Budget(max(1, min(threads, len(items)))), len(items))
+    return [results[index] for index in range(len(items))]

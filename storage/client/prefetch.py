@@ -1,0 +1,125 @@
+"""Filling the cache with all that a file names, before it is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from storage.client.locked import download_model
+from storage.client.lockfile import LockFile
+from storage.client.parallel import map_parallel
+from storage.client.sources import agreed_digest, fitting_configs
+from storage.errors import ConfigurationError, InvalidInput, ModelMissingError, StorageError
+from storage.uri import Location, parse_uri
+
+if TYPE_CHECKING:
+    from storage.client.client import StorageClient
+
+__all__ = ["PrefetchResult", "prefetch"]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchResult:
+    """What became of one entry of the file."""
+
+    uri: str
+    """The source, without credentials; several, separated by spaces, if they are of one model."""
+
+    path: str | None
+    """Where it is now; ``None`` if it failed."""
+
+    error: StorageError | None
+    """Why it failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    locations: tuple[Location, ...]
+    download: Callable[[Any], str]
+    """Called with the config."""
+
+
+def prefetch(
+    client: StorageClient, file: str | os.PathLike[str], config: Any, pin: bool, jobs: int
+) -> list[PrefetchResult]:
+    """Download what ``file`` names; see :meth:`StorageClient.prefetch`."""
+    if jobs < 1:
+        raise InvalidInput(f"jobs is {jobs}; expected at least 1")
+    entries = _read(client, file)
+    if not entries:
+        return []
+    # One config for the whole file: it has to fit something in it, not every entry.
+    configs = iter(fitting_configs([each for entry in entries for each in entry.locations], config))
+    work = []
+    for entry in entries:
+        fitting = [next(configs) for _ in entry.locations]
+        work.append((entry, config if any(each is not None for each in fitting) else None))
+
+    def run(item: tuple[_Entry, Any]) -> PrefetchResult:
+        entry, its_config = item
+        uri = " ".join(map(str, entry.locations))
+        try:
+            path = entry.download(its_config)
+            if pin:
+                _pin(client, entry.locations)
+        except StorageError as exc:
+            return PrefetchResult(uri, None, exc)
+        return PrefetchResult(uri, path, None)
+
+    return map_parallel(run, work, jobs)
+
+
+def _pin(client: StorageClient, locations: Sequence[Location]) -> None:
+    """Pin what is cached of the sources of one model; not every one of them was needed."""
+    for location in locations:
+        try:
+            client.cache.pin(location)
+        except ModelMissingError:
+            if len(locations) == 1 and not location.is_local:
+                raise
+
+
+def _read(client: StorageClient, file: str | os.PathLike[str]) -> list[_Entry]:
+    name = os.fspath(file)
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read()
+    except OSError as exc:
+        raise ConfigurationError(f"{name} cannot be read: {exc.strerror}") from exc
+    if data.lstrip().startswith(b"{"):
+        options = {"durable": True}
+
+        def download(model: Any, config: Any) -> str:
+            return download_model(client, model, None, options | {"config": config})
+
+        return [
+            _Entry((parse_uri(model.uri),), partial(download, model))
+            for model in LockFile.read(file).models
+        ]
+    return [
+        _Entry(locations, partial(_download, client, uris))
+        for uris, locations in _read_lines(data, name)
+    ]
+
+
+def _download(client: StorageClient, uris: Sequence[str], config: Any) -> str:
+    return client.download(uris, config=config, durable=True)
+
+
+def _read_lines(data: bytes, name: str) -> list[tuple[list[str], tuple[Location, ...]]]:
+    """Return the sources that each line names."""
+    found = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            uris = [] if line.lstrip().startswith(b"#") else line.decode().split()
+            locations = tuple(parse_uri(uri) for uri in uris)
+            agreed_digest(locations, None)
+        except (InvalidInput, UnicodeDecodeError) as exc:
+            why = exc if isinstance(exc, InvalidInput) else "it is not UTF-8 text"
+            raise ConfigurationError(f"{name}, line {number}: {why}") from exc
+        if uris:
+            found.append((uris, locations))
+    return found

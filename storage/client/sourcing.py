@@ -1,0 +1,54 @@
+"""Who a source is, for the cache: the same for the same content's home, and never a secret."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from storage.cache.index import ObjectKey
+from storage.cache.layout import hash_text
+from storage.cache.owners import current_owner
+from storage.cache.refs import Source, identity_of
+from storage.config.origin import origin_of
+from storage.transfer.plan import Patterns
+from storage.uri import Location
+
+__all__ = ["object_key", "source_of"]
+
+
+def source_of(location: Location, config: Any, patterns: Patterns, unpack: bool) -> Source:
+    """Return the source that a download asks for.
+
+    Args:
+        location: what is asked for.
+        config: the config that applies to it.
+        patterns: which files of it.
+        unpack: whether it is an archive to be unpacked.
+    """
+    return Source(
+        location.scheme,
+        str(location),
+        identity_of(location),
+        # What memory holds is gone with its process.
+        current_owner().token if location.scheme == "memory" else origin_of(location.type, config),
+        patterns.allow,
+        patterns.ignore,
+        unpack,
+    )
+
+
+def object_key(source: Source, location: Location, key: str, pin: str | None) -> ObjectKey | None:
+    """Return the name in the index of one version of an object; ``None`` if it has no version.
+
+    Args:
+        source: what is downloaded, or a part of it.
+        location: of ``source``.
+        key: of the object.
+        pin: its version or strong ETag.
+    """
+    if pin is None:
+        return None
+    store = (location.scheme, location.bucket, location.account or "", location.repo_type or "")
+    # The query of a URL may say which of several objects its path is.
+    url = identity_of(location) if location.type == "http" else ""
+    folder, _, name = key.rpartition("/")
+    return ObjectKey(hash_text(*store, source.origin, url, folder), name, pin)
