@@ -158,17 +158,24 @@ class Blobs:
         try:
             os.replace(file, path)
         except FileNotFoundError:
-            make_folder_for(path)
+            make_folder_for(path, durable=durable)
+            os.replace(file, path)
+        except IsADirectoryError:
+            self.quarantine(digest)
             os.replace(file, path)
         if durable:
             sync(os.path.dirname(path))
         return path
 
+    def is_secure(self, digest: Digest) -> bool:
+        """Tell whether the mark of a blob is one for all boots."""
+        return os.stat(self.path(digest)).st_mtime_ns // 10**9 == _mark(digest, _SYNCED)
+
     def secure(self, digest: Digest) -> bool:
         """Force a clean blob to disk, so that its mark outlives this boot; tell if that worked."""
         path = self.path(digest)
         try:
-            if os.stat(path).st_mtime_ns // 10**9 != _mark(digest, _SYNCED):
+            if not self.is_secure(digest):
                 sync(path)
                 set_mark(path, digest, durable=True)
                 sync(os.path.dirname(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from storage.cache.refs import Ref, Refs, Source
 from storage.cache.snapshots import Snapshots
 from storage.digest import Digest
 from storage.errors import ConfigurationError, DestinationError, ModelMissingError, StorageError
-from storage.files import translate_os_errors
+from storage.files import sync, sync_tree, translate_os_errors
 from storage.uri import Location
 
 __all__ = ["CacheShortfallError", "ModelCache", "Root"]
@@ -66,6 +67,22 @@ class Root:
             if os.path.exists(there):
                 return there
         return here
+
+    def secure(self, manifest: Manifest) -> None:
+        """Force to disk what an earlier download of a model left to the system.
+
+        Raises:
+            OSError: the cache cannot be written.
+        """
+        # Those of lower caches are not ours.
+        mine = [
+            file.digest for file in manifest.files if os.path.exists(self.layout.blob(file.digest))
+        ]
+        if not all(map(self.blobs.is_secure, mine)):
+            for digest in mine:
+                self.blobs.secure(digest)
+            sync(self.layout.manifest(manifest.id))
+            sync_tree(self.layout.snapshot(manifest.id))
 
     def holds(self, manifest: Manifest) -> bool:
         """Tell whether every blob of a manifest is in this very root, and clean."""
@@ -155,6 +172,7 @@ class ModelCache:
                 if create and root is self.upper:
                     record = {"format": _FORMAT, "algorithm": self.algorithm}
                     write_record(root.layout, path, record, durable=True)
+                    _sync_above(root.path)
                 continue
             if found.get("format") != _FORMAT:
                 raise ConfigurationError(
@@ -290,11 +308,17 @@ class ModelCache:
             if complete and root.snapshots.is_whole(manifest):
                 if root is self.upper:
                     root.manifests.touch(manifest.id)
+                    if durable:
+                        with self.writing():
+                            root.secure(manifest)
                 return root.snapshots.path(manifest)
         with self.writing():
             # The list of its files may be in a lower cache only.
             self.upper.manifests.save(manifest, durable=durable)
-            return self.upper.snapshots.build(manifest, durable=durable)
+            path = self.upper.snapshots.build(manifest, durable=durable)
+            if durable:
+                self.upper.secure(manifest)
+            return path
 
     def blob_path(self, digest: Digest) -> str:
         """Return the path of a blob that :meth:`settle` found clean."""
@@ -367,3 +391,10 @@ class ModelCache:
     def close(self) -> None:
         """Give up all that this process holds; what it got may then be evicted."""
         self.leases.close()
+
+
+def _sync_above(folder: str) -> None:
+    """Force the name of a folder to disk, and those of the folders that it is in."""
+    while folder != (folder := os.path.dirname(folder)):
+        with contextlib.suppress(OSError):
+            sync(folder)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from storage.cache.layout import Layout
-from storage.files import sync
+from storage.files import make_parents, sync
 
 __all__ = [
     "DamagedRecordError",
@@ -65,14 +65,14 @@ def write_record(
                 return False
     temporary = layout.temporary()
     try:
-        with _open_new(temporary) as file:
+        with _open_new(temporary, durable) as file:
             file.write(data)
             if durable:
                 os.fsync(file.fileno())
         try:
             os.replace(temporary, path)
         except FileNotFoundError:
-            make_folder_for(path)
+            make_folder_for(path, durable=durable)
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -82,11 +82,11 @@ def write_record(
     return True
 
 
-def _open_new(path: str) -> BinaryIO:
+def _open_new(path: str, durable: bool) -> BinaryIO:
     try:
         return open(path, "xb", buffering=0)
     except FileNotFoundError:
-        make_folder_for(path)
+        make_folder_for(path, durable=durable)
         return open(path, "xb", buffering=0)
 
 
@@ -105,12 +105,18 @@ def read_record(path: str) -> dict[str, Any] | None:
         raise UnreadableRecordError(f"{path} cannot be read: {exc.strerror}") from exc
     if seal.strip().decode("ascii", "replace") != hashlib.sha256(text).hexdigest():
         raise DamagedRecordError(f"{path} is damaged")
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise DamagedRecordError(f"{path} holds no record") from exc
     if not isinstance(value, dict):
         raise DamagedRecordError(f"{path} holds no record")
     return value
 
 
-def make_folder_for(path: str) -> None:
-    """Make the folder that ``path`` is to be in."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+def make_folder_for(path: str, *, durable: bool = False) -> None:
+    """Make the folder that ``path`` is to be in; ``durable``: and force its name to disk."""
+    made = make_parents(os.path.dirname(path))
+    if durable:
+        for folder in made:
+            sync(os.path.dirname(folder))

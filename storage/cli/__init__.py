@@ -10,7 +10,6 @@ import contextlib
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -87,6 +86,8 @@ def _run(args: Namespace, output: Output) -> int:
 
 def _show_traceback(args: Namespace, output: Output) -> None:
     if args.debug:
+        import traceback
+
         output.trace(traceback.format_exc())
 
 

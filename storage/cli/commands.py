@@ -8,8 +8,16 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
-from storage.cli.output import Output, Reporter, count, human_size, iso_time, summary
-from storage.errors import IntegrityError, ModelMissingError
+from storage.cli.output import (
+    Output,
+    Reporter,
+    count,
+    human_size,
+    human_time,
+    iso_time,
+    summary,
+)
+from storage.errors import IntegrityError, ModelMissingError, TransferError, one_line
 from storage.uri import parse_uri
 
 if TYPE_CHECKING:
@@ -54,21 +62,56 @@ def _download(args: Namespace, output: Output) -> None:
         if args.dry_run:
             _print_plan(client, config, args, output)
             return
+        options = {
+            "config": config,
+            "offline": True if args.offline else None,
+            "freshness": args.freshness,
+            "cache": args.cache or None,
+            "link": args.link,
+            "overwrite": args.overwrite,
+        }
+        if args.locked is not None:
+            _download_locked(client, args, options, reporter, output)
+            return
         path = client.download(
-            args.uri,
+            [args.uri, *args.mirror] if args.mirror else args.uri,
             args.dest,
-            config=config,
             allow_patterns=args.allow,
             ignore_patterns=args.ignore,
             digest=args.digest,
             unpack=args.unpack,
-            offline=True if args.offline else None,
-            overwrite=args.overwrite,
             progress=reporter,
+            **options,
         )
     _note_summary(reporter, output)
     document = {"uri": _shown(args.uri), "path": path} | _amounts(reporter, began)
     output.result(document, [path])
+
+
+def _download_locked(
+    client: StorageClient,
+    args: Namespace,
+    options: dict[str, Any],
+    reporter: Reporter,
+    output: Output,
+) -> None:
+    from storage.client.lockfile import LockFile
+
+    began = time.perf_counter()
+    lock = LockFile.read(args.locked)
+    if args.uri is not None:
+        path = client.download_locked(lock, args.uri, args.dest, progress=reporter, **options)
+        _note_summary(reporter, output)
+        document = {"uri": _shown(args.uri), "path": path} | _amounts(reporter, began)
+        output.result(document, [path])
+        return
+    # Of several at once no bar could tell.
+    paths = client.download_locked(lock, None, args.dest, **options)
+    output.note(f"downloaded {count(len(paths), 'model')} in {_elapsed(began)}")
+    models = [
+        {"uri": model.uri, "path": path} for model, path in zip(lock.models, paths, strict=True)
+    ]
+    output.result({"models": models}, paths)
 
 
 def _print_plan(client: StorageClient, config: Any, args: Namespace, output: Output) -> None:
@@ -194,6 +237,45 @@ def _spec(args: Namespace, output: Output) -> None:
     output.result(spec, _field_lines(spec))
 
 
+def _lock(args: Namespace, output: Output) -> None:
+    with _client() as client, output.reporter() as reporter:
+        lock = client.lock(
+            args.uris,
+            config=_config(client, args.config),
+            allow_patterns=args.allow,
+            ignore_patterns=args.ignore,
+            progress=reporter,
+        )
+    # JSON in any case: this is the file.
+    output.write(lock.dumps().encode())
+
+
+def _prefetch(args: Namespace, output: Output) -> None:
+    began = time.perf_counter()
+    with _client() as client:
+        results = client.prefetch(args.file, config=_config(client, args.config), pin=args.pin)
+    failed = [result for result in results if result.error is not None]
+    models = [
+        {
+            "uri": result.uri,
+            "path": result.path,
+            "error": None if result.error is None else one_line(result.error, 2000),
+        }
+        for result in results
+    ]
+    output.note(f"fetched {count(len(results) - len(failed), 'model')} in {_elapsed(began)}")
+    output.result({"models": models}, [result.path for result in results if result.path])
+    if failed:
+        reasons = "; ".join(f"{result.uri}: {result.error}" for result in failed)
+        raise TransferError(f"{len(failed)} of {count(len(results), 'model')} failed: {reasons}")
+
+
+def _cache(args: Namespace, output: Output) -> None:
+    from storage.cli.cache_commands import run
+
+    run(args, output)
+
+
 def _quickstart(args: Namespace, output: Output) -> None:
     from storage.cli.quickstart import quickstart
 
@@ -210,6 +292,9 @@ _COMMANDS = {
     "rm": _rm,
     "cat": _cat,
     "spec": _spec,
+    "lock": _lock,
+    "prefetch": _prefetch,
+    "cache": _cache,
     "quickstart": _quickstart,
 }
 
@@ -222,6 +307,10 @@ def _shown(uri: str) -> str:
 def _note_summary(reporter: Reporter, output: Output) -> None:
     if reporter.last is not None and reporter.last.finished:
         output.note(summary(reporter.last))
+
+
+def _elapsed(began: float) -> str:
+    return human_time(time.perf_counter() - began)
 
 
 def _amounts(reporter: Reporter, began: float) -> dict[str, Any]:

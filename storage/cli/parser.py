@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from storage import __version__
@@ -39,12 +39,26 @@ class _Parser(argparse.ArgumentParser):
 class _CommandParser(_Parser):
     """Lets options stand between the operands too, as in ``download URI --json DEST``."""
 
+    fill: Callable[[argparse.ArgumentParser], None] | None = None
+    """Adds the arguments; not called for commands that are not used, as it takes its time."""
+
+    check: Callable[[argparse.Namespace], str | None] | None = None
+    """Returns what is wrong with the arguments together, if anything is."""
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        known, unknown = super().parse_known_args(self._options_first(args or ()), namespace)
+        if self.fill is not None:
+            self.fill(self)
+        args = args or ()
+        if self._subparsers is None:
+            args = self._options_first(args)
+        known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"not understood: {', '.join(repr(text) for text in unknown)}")
+        problem = None if self.check is None else self.check(known)
+        if problem is not None:
+            self.error(problem)
         return known, unknown
 
     def _options_first(self, args: Sequence[str]) -> list[str]:
@@ -77,30 +91,55 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_CommandParser
     )
-    _add_download(commands)
-    _add_upload(commands)
-    _add_ls(commands)
-    _add_stat(commands)
-    _add_cp(commands)
-    _add_rm(commands)
-    _add_cat(commands)
-    _add_spec(commands)
-    _add_quickstart(commands)
+    _add_commands(commands, _COMMANDS)
     return parser
 
 
 _Commands = Any  # argparse keeps the type of its groups of commands to itself
+_Table = Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]]
 
 
-def _add_download(commands: _Commands) -> None:
-    parser = _add(commands, "download", "bring an object or a tree here and print its path")
-    parser.add_argument("uri", metavar="URI", type=_uri, help="what to download")
+def _add_commands(commands: _Commands, table: _Table) -> None:
+    for name, (text, fill) in table.items():
+        description = f"{text[0].upper()}{text[1:]}."
+        parser = commands.add_parser(name, help=text, description=description)
+        parser.fill = fill
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON document on stdout; errors as JSON on stderr"
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress, no summary, no warnings on stderr"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _download(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument(
+        "uri", metavar="URI", nargs="?", type=_uri, help="what to download; with --locked: only it"
+    )
     parser.add_argument(
         "dest",
         metavar="DEST",
         nargs="?",
         type=_path,
         help="file, folder to put it into, or the tree's own path; the cache if not given",
+    )
+    parser.add_argument(
+        "--mirror",
+        action="append",
+        type=_uri,
+        metavar="URI",
+        help="another source of the same model, asked if those before it fail; may be repeated",
+    )
+    parser.add_argument(
+        "--locked",
+        type=_path,
+        metavar="FILE",
+        help="download exactly what this lock file says (storage lock makes it), or fail",
     )
     parser.add_argument(
         "--digest",
@@ -116,6 +155,21 @@ def _add_download(commands: _Commands) -> None:
         action="store_true",
         help="let a tree replace a folder that this command did not put there",
     )
+    parser.add_argument(
+        "--freshness",
+        type=_freshness,
+        metavar="POLICY",
+        help="revalidate: ask the store each time; cache-first: only if nothing is cached; "
+        "max-age=SECONDS: if what is cached is older",
+    )
+    parser.add_argument(
+        "--cache", action="store_true", help="keep a copy in the cache although there is a DEST"
+    )
+    parser.add_argument(
+        "--link",
+        choices=("hardlink", "symlink"),
+        help="make cached files at DEST links instead of copies; never write to them",
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--dry-run", action="store_true", help="print what would be fetched, and fetch nothing"
@@ -123,10 +177,22 @@ def _add_download(commands: _Commands) -> None:
     group.add_argument("--offline", action="store_true", help="use the cache, ask no store")
     _add_patterns(parser)
     _add_config(parser)
+    parser.check = _check_download  # type: ignore[attr-defined]
 
 
-def _add_upload(commands: _Commands) -> None:
-    parser = _add(commands, "upload", "store a file or a folder")
+def _check_download(args: argparse.Namespace) -> str | None:
+    if args.locked is None:
+        if args.uri is None:
+            return "URI is missing"
+        return "--dry-run knows no --mirror" if args.dry_run and args.mirror else None
+    for name in ("mirror", "digest", "unpack", "dry_run", "allow", "ignore"):
+        if getattr(args, name):
+            return f"--{name.replace('_', '-')} is decided by the file of --locked"
+    return None
+
+
+def _upload(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
     parser.add_argument("src", metavar="SRC", type=_path, help="a file or a folder")
     parser.add_argument("uri", metavar="URI", type=_uri, help="where to")
     parser.add_argument(
@@ -136,8 +202,8 @@ def _add_upload(commands: _Commands) -> None:
     _add_config(parser)
 
 
-def _add_ls(commands: _Commands) -> None:
-    parser = _add(commands, "ls", "list the objects at a URI, with paths relative to it")
+def _ls(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
     parser.add_argument("uri", metavar="URI", type=_uri)
     parser.add_argument(
         "-l", dest="long", action="store_true", help="with size in bytes and time of modification"
@@ -146,14 +212,14 @@ def _add_ls(commands: _Commands) -> None:
     _add_config(parser)
 
 
-def _add_stat(commands: _Commands) -> None:
-    parser = _add(commands, "stat", "describe an object or a tree")
+def _stat(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
     parser.add_argument("uri", metavar="URI", type=_uri)
     _add_config(parser)
 
 
-def _add_cp(commands: _Commands) -> None:
-    parser = _add(commands, "cp", "copy an object or a tree between any two stores")
+def _cp(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
     parser.add_argument("src_uri", metavar="SRC_URI", type=_uri)
     parser.add_argument("dest_uri", metavar="DEST_URI", type=_uri)
     _add_config(parser, "config of the source, and of the destination if it is of the same type")
@@ -162,8 +228,8 @@ def _add_cp(commands: _Commands) -> None:
     )
 
 
-def _add_rm(commands: _Commands) -> None:
-    parser = _add(commands, "rm", "delete an object, or with -r a tree")
+def _rm(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
     parser.add_argument("uri", metavar="URI", type=_uri)
     parser.add_argument(
         "-r", "--recursive", action="store_true", help="delete all objects of a tree"
@@ -171,19 +237,19 @@ def _add_rm(commands: _Commands) -> None:
     _add_config(parser)
 
 
-def _add_cat(commands: _Commands) -> None:
-    parser = _add(commands, "cat", "write the bytes of an object to standard output")
+def _cat(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
     parser.add_argument("uri", metavar="URI", type=_uri)
     _add_config(parser)
 
 
-def _add_spec(commands: _Commands) -> None:
-    parser = _add(commands, "spec", "show what a URI says, without asking the store")
+def _spec(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
     parser.add_argument("uri", metavar="URI", type=_uri)
 
 
-def _add_quickstart(commands: _Commands) -> None:
-    parser = _add(commands, "quickstart", "make a small model and move it through a store")
+def _quickstart(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
     parser.add_argument(
         "dir",
         metavar="DIR",
@@ -193,17 +259,125 @@ def _add_quickstart(commands: _Commands) -> None:
     )
 
 
-def _add(commands: _Commands, name: str, text: str) -> argparse.ArgumentParser:
-    description = f"{text[0].upper()}{text[1:]}."
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description)
+def _lock(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("uris", metavar="URI", nargs="+", type=_uri, help="what to lock")
+    _add_patterns(parser)
+    _add_config(parser)
+
+
+def _prefetch(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
     parser.add_argument(
-        "--json", action="store_true", help="one JSON document on stdout; errors as JSON on stderr"
+        "file", metavar="FILE", type=_path, help="a lock file, or text with one source a line"
+    )
+    parser.add_argument("--pin", action="store_true", help="never evict what it names")
+    _add_config(parser)
+
+
+def _cache(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(
+        dest="cache_command", metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
+    _add_commands(commands, _CACHE_COMMANDS)
+
+
+def _cache_ls(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument(
+        "uri", metavar="URI", nargs="?", type=_uri, help="only what is there or below; all if none"
+    )
+
+
+def _cache_verify(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument(
+        "--full", action="store_true", help="hash everything, not only what is in doubt"
+    )
+
+
+def _cache_repair(parser: argparse.ArgumentParser) -> None:
+    _cache_verify(parser)
+    _add_config(parser, "config of the stores that are asked")
+
+
+def _cache_gc(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument(
+        "--size",
+        type=_size,
+        metavar="SIZE",
+        help="evict until so much is left, as 50GB; else to the budget of the settings, if any",
     )
     parser.add_argument(
-        "--quiet", action="store_true", help="no progress, no summary, no warnings on stderr"
+        "--grace",
+        type=_seconds,
+        metavar="SECONDS",
+        help="keep what was used so lately; else as the settings say",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+
+
+def _cache_uri(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("uri", metavar="URI", type=_uri)
+
+
+def _cache_path(parser: argparse.ArgumentParser) -> None:
+    _cache_uri(parser)
+    parser.add_argument("--unpack", action="store_true", help="the archive that URI is, unpacked")
+    _add_patterns(parser)
+    _add_config(parser)
+
+
+def _cache_export(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("file", metavar="FILE", type=_path, help="where to; - for standard output")
+    parser.add_argument(
+        "uris", metavar="URI", nargs="*", type=_uri, help="what to export; all if none is given"
+    )
+    parser.check = _check_export  # type: ignore[attr-defined]
+
+
+def _check_export(args: argparse.Namespace) -> str | None:
+    both = args.json and args.file == "-"
+    return "--json and the parcel cannot both go to standard output" if both else None
+
+
+def _cache_import(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument(
+        "file", metavar="FILE", type=_path, help="what export wrote; - for standard input"
+    )
+
+
+_COMMANDS: _Table = {
+    "download": ("bring an object or a tree here and print its path", _download),
+    "upload": ("store a file or a folder", _upload),
+    "ls": ("list the objects at a URI, with paths relative to it", _ls),
+    "stat": ("describe an object or a tree", _stat),
+    "cp": ("copy an object or a tree between any two stores", _cp),
+    "rm": ("delete an object, or with -r a tree", _rm),
+    "cat": ("write the bytes of an object to standard output", _cat),
+    "spec": ("show what a URI says, without asking the store", _spec),
+    "lock": ("write down what models are now, for download --locked", _lock),
+    "prefetch": ("fill the cache with all that a file names", _prefetch),
+    "cache": ("look at and look after what is kept on this machine", _cache),
+    "quickstart": ("make a small model and move it through a store", _quickstart),
+}
+
+_CACHE_COMMANDS: _Table = {
+    "ls": ("list the cached models", _cache_ls),
+    "du": ("tell what the cache takes", _add_common),
+    "path": ("print where a cached model is, without asking its store", _cache_path),
+    "verify": ("look for what is damaged or missing", _cache_verify),
+    "repair": ("verify, and fetch again what is damaged or missing", _cache_repair),
+    "gc": ("remove what is not needed", _cache_gc),
+    "pin": ("never evict what a source has", _cache_uri),
+    "unpin": ("let it be evicted again", _cache_uri),
+    "rm": ("remove what a source has from the cache", _cache_uri),
+    "export": ("write cached models to one file", _cache_export),
+    "import": ("take the models of such a file into the cache", _cache_import),
+}
 
 
 def _add_patterns(parser: argparse.ArgumentParser) -> None:
@@ -241,6 +415,35 @@ def _digest(text: str) -> str:
         return str(Digest.parse(text))
     except InvalidInput as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def _freshness(text: str) -> float:
+    from storage.config.freshness import read_freshness
+
+    try:
+        return read_freshness(text)
+    except InvalidInput as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def _size(text: str) -> int:
+    from storage.config.plain import read_size
+
+    try:
+        size: int = read_size(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+    return size
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError("a number of seconds is needed")
+    return seconds
 
 
 def _path(text: str) -> str:

@@ -166,7 +166,9 @@ class CachedDownload:
             self._job.tell_present(found)
             return found
         path = os.path.join(self._cache.upper.layout.locks, f"{self._source.identity}.lock")
-        with SourceLock(path, timeout=self._cache.lock_timeout) as lock:
+        # What stalls in a transfer is tried again sooner than that.
+        stall = 2 * self._job.client.settings.transfer.stall_timeout
+        with SourceLock(path, timeout=self._cache.lock_timeout, stall=stall) as lock:
             for _ in range(_TRIES):
                 # Another process may have fetched it while this one waited.
                 found = self._unchanged(plan, self.last())
@@ -174,9 +176,12 @@ class CachedDownload:
                     self._job.tell_present(found)
                     return found
                 try:
-                    return self._fill(plan, lock.beat)
+                    manifest = self._fill(plan, lock.beat)
                 except CacheShortfallError as exc:
                     shortfall = exc
+                    continue
+                self._trim()
+                return manifest
             raise TransferError(
                 f"{self._job.location} {shortfall}, {_TRIES} times right after it was fetched; "
                 f"something takes files away from the cache {self._cache.upper.path}"
@@ -204,7 +209,8 @@ class CachedDownload:
             return None  # of an archive that is gone; fetched again, it will be known
         self._demand(manifest, ref)
         with contextlib.suppress(DestinationError), self._cache.writing():
-            self._cache.upper.refs.set(replace(ref, validated_at=time.time()))
+            seen = replace(ref, validated_at=time.time())
+            self._cache.upper.refs.set(seen, durable=self._job.durable)
         return manifest
 
     def _fill(self, plan: Plan, beat: Callable[[], object]) -> Manifest:
@@ -281,6 +287,13 @@ class CachedDownload:
             os.mkdir(folder)
             self._job.extract(archive, folder)
             return filling.take_tree(folder)
+
+    def _trim(self) -> None:
+        """Make up for downloads at the same time that together took more than there is."""
+        if self._cache.budget is not None:
+            from storage.cache.evict import trim
+
+            trim(self._cache)
 
     def _make_room(self, size: int) -> None:
         if self._cache.budget is not None:

@@ -11,7 +11,7 @@ from storage.backends.base import BatchBackend, ObjectInfo
 from storage.digest import Digest
 from storage.errors import InvalidInput, ObjectChangedError, UnsupportedOperation
 from storage.transfer.copy import Source, stream_copy
-from storage.transfer.engine import LARGE_WRITE, run_by_size, run_tasks
+from storage.transfer.engine import run_by_size, run_tasks
 from storage.transfer.progress import Meter, ProgressCallback
 from storage.uri import Location
 
@@ -96,9 +96,7 @@ class Copy:
         if self._by_store:
             run_tasks([task for _, task in tasks], budget, len(tasks))
             return
-        # A small object may be in memory whole, and once more while it is handed over.
-        limit = max(1, self._client.settings.transfer.memory // (2 * LARGE_WRITE))
-        run_by_size(tasks, budget, limit)
+        run_by_size(tasks, budget, self._client.transfer_options.memory)
 
     def _copy(self, info: ObjectInfo, key: str, meter: Meter, _: threading.Event) -> None:
         if not (self._by_store and self._copied_by_store(info, key, meter)):

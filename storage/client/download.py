@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from storage.client.offline import Offline, offline_mode
+from storage.client.offline import Offline, offline_mode, warn_of_copy
 from storage.config.freshness import Freshness, read_freshness
 from storage.digest import Digest, hash_file, tree_digest
 from storage.errors import IntegrityError, InvalidInput, OfflineError, UnreachableError
@@ -91,7 +90,7 @@ class Download:
                 path = self._from_cache(dest)
             except OfflineError:
                 raise exc from None
-            warnings.warn(f"{exc}; the cached copy is used", RuntimeWarning, stacklevel=4)
+            warn_of_copy(str(exc))
             return path
 
     @property

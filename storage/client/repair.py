@@ -77,15 +77,25 @@ def _broken(cache: ModelCache) -> Iterator[tuple[Source, tuple[Ref, str]]]:
             if ref.source in seen:
                 continue
             seen.add(ref.source)
-            cache.leases.hold(manifests=[ref.manifest])
+            if _shortfall(cache, ref) is None:
+                continue
+            # It may be on its way out, or have been evicted.
             try:
-                cache.check(cache.manifest(ref.manifest))
-            except CacheShortfallError as exc:
-                # It may have been evicted meanwhile.
-                if os.path.exists(root.refs.path(ref.source)):
-                    yield ref.source, (ref, str(exc))
+                cache.hold(manifests=[ref.manifest])
+                why = _shortfall(cache, ref)
             finally:
                 cache.leases.release(ref.manifest)
+            if why is not None and os.path.exists(root.refs.path(ref.source)):
+                yield ref.source, (ref, why)
+
+
+def _shortfall(cache: ModelCache, ref: Ref) -> str | None:
+    """Return what a model lacks, if it lacks anything."""
+    try:
+        cache.check(cache.manifest(ref.manifest))
+    except CacheShortfallError as exc:
+        return str(exc)
+    return None
 
 
 def _location(source: Source) -> Location:

@@ -54,8 +54,8 @@ class TransferOptions:
 
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
-    durable: bool = False
-    """Whether downloads are forced to disk before they are published."""
+    memory: int = 128 * _MIB
+    """Bytes that uploads and copies may hold in flight."""
 
 
 class Budget:
@@ -131,27 +131,29 @@ def run_tasks(
         raise failures[0]
 
 
-def run_by_size(
-    tasks: Iterable[tuple[int | None, Task]], budget: Budget, limit: int | None = None
-) -> None:
+def run_by_size(tasks: Iterable[tuple[int | None, Task]], budget: Budget, memory: int) -> None:
     """Run tasks that each write one object, the large ones first.
 
     A backend sends a large object in parts, in parallel, within the memory for one write, so
-    each of them is alone; small ones go together.
+    each of them is alone; small ones go together, as many as fit into that memory.
 
     Args:
         tasks: the size of each object, if known, and what writes it.
         budget: connections shared with other transfers.
-        limit: small objects at once; as many as there are connections if ``None``.
+        memory: bytes that may be in flight.
     """
     small = []
+    largest = 0
     for size, task in tasks:
         if size is None or size > LARGE_WRITE:
             run_tasks([task], budget, 1)
         else:
             small.append(task)
+            largest = max(largest, size)
+    # A small object may be in memory whole, and once more while it is handed over.
+    limit = memory // (2 * largest) if largest else len(small)
     if small:
-        run_tasks(small, budget, len(small) if limit is None else limit)
+        run_tasks(small, budget, max(1, min(limit, len(small))))
 
 
 def _run_threads(

@@ -132,7 +132,7 @@ def upload(
     def send(file: SourceFile, cancel: threading.Event) -> None:
         results[file.path] = _send(backend, file, key_of(file), options, meter, if_absent)
 
-    run_by_size(((file.size, partial(send, file)) for file in files), budget)
+    run_by_size(((file.size, partial(send, file)) for file in files), budget, options.memory)
     return [results[file.path] for file in files]
 
 

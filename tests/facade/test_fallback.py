@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import storage.client.client
+import storage.client.base
 import storage.facade
 from storage import (
     AuthenticationError,
@@ -271,7 +271,7 @@ def test_an_error_of_another_package_is_told_by_a_type_of_ours(
 
     memory.put_raw("m", b"1")
     monkeypatch.setattr(
-        storage.client.client, "open_backend", lambda *args: Odd(open_backend(*args))
+        storage.client.base, "open_backend", lambda *args: Odd(open_backend(*args))
     )
     with pytest.raises(TransferError) as caught:
         client.download([memory.uri("m"), memory.uri("n")])

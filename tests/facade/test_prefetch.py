@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import storage.client.client
+import storage.client.base
 from storage import (
     ConfigurationError,
     HTTPConfig,
@@ -221,7 +221,7 @@ def test_no_more_models_than_asked_for_come_at_once(
             return body
 
     make = open_backend
-    monkeypatch.setattr(storage.client.client, "open_backend", lambda *args: Meets(make(*args)))
+    monkeypatch.setattr(storage.client.base, "open_backend", lambda *args: Meets(make(*args)))
     text = "\n".join(store.uri(str(number)) for number in range(9))
     results = client.prefetch(write(text), jobs=3)
     assert [result.error for result in results] == [None] * 9

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import storage.client.client
+import storage.client.base
 from storage.backends.base import Backend, Body, Buffer, ByteRange, ObjectInfo
 from storage.client import StorageClient
 from storage.config import load_settings
@@ -72,7 +72,7 @@ def download(monkeypatch: pytest.MonkeyPatch) -> Iterator[Download]:
         client._options = options(PART)
 
         def run(backend: Backend, key: str, dest: Path, **more: Any) -> str:
-            monkeypatch.setattr(storage.client.client, "open_backend", lambda *_: backend)
+            monkeypatch.setattr(storage.client.base, "open_backend", lambda *_: backend)
             client.close()
             return client.download(f"memory://bucket/{key}", dest, **more)
 
@@ -304,7 +304,7 @@ def test_a_named_version_is_never_followed_to_another_one(
         version = memory.stat("m/sub/weights.bin").version
         uri = f"s3://bucket/m/sub/weights.bin?versionId={version}"
         backend = Replacing(memory, "m/sub/weights.bin", 1, iter([len(BIG)]))
-        monkeypatch.setattr(storage.client.client, "open_backend", lambda *_: backend)
+        monkeypatch.setattr(storage.client.base, "open_backend", lambda *_: backend)
         with StorageClient(settings=load_settings()) as client:
             client._options = options(PART)
             with pytest.raises(ObjectChangedError, match="another version") as caught:
