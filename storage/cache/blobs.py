@@ -85,7 +85,7 @@ class Blobs:
         if state in (State.DOUBTFUL, State.DAMAGED):
             # Looked at again, as the file that is judged is the one that has to go.
             state, seen = self._verify(digest, size)
-            if state is State.DAMAGED:
+            if state is State.DAMAGED and seen is not None:
                 self.quarantine(digest, seen)
         elif state is State.ABSENT and self._in_quarantine(digest):
             return State.DAMAGED
@@ -99,10 +99,15 @@ class Blobs:
             could not be moved.
         """
         state, seen = self._verify(digest, size)
-        return state, self.quarantine(digest, seen) if state is State.DAMAGED else None
+        if state is State.CLEAN or seen is None:
+            return state, None
+        return state, self.quarantine(digest, seen)
 
     def _verify(self, digest: Digest, size: int) -> tuple[State, os.stat_result | None]:
-        """Return what hashing a blob tells, and the file that was judged."""
+        """Return what hashing a blob tells, and the file that was judged.
+
+        One that cannot even be opened, as when this process has too many files open, is not.
+        """
         path = self.path(digest)
         before = None
         try:
@@ -114,15 +119,16 @@ class Blobs:
                 if found != digest:
                     return State.DAMAGED, before
                 if not is_marked(before, digest):
-                    try:
-                        if self._read_only:
-                            raise PermissionError
-                        os.fsync(file.fileno())
-                        # By its descriptor: another file may have come under the name.
-                        set_mark(file.fileno(), digest, durable=True)
-                    except OSError:
-                        # A cache that is not ours: each process has to find out for itself.
-                        self._verified[digest] = _identity(before)
+                    if not self._read_only:
+                        with contextlib.suppress(OSError):
+                            os.fsync(file.fileno())
+                            # By its descriptor: another file may have come under the name.
+                            set_mark(file.fileno(), digest, durable=True)
+                    after = os.fstat(file.fileno())
+                    if not is_marked(after, digest):
+                        # A cache that is not ours, or a file system that keeps no times: each
+                        # process has to find out for itself.
+                        self._verified[digest] = _identity(after)
         except FileNotFoundError:
             return State.ABSENT, None
         except OSError:
