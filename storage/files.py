@@ -73,11 +73,11 @@ def is_mount_point(path: str) -> bool:
 
 def exchange(left: str, right: str) -> bool:
     """Swap two paths atomically; tell whether this system can (Linux's renameat2)."""
-    import ctypes
-
     try:
+        import ctypes
+
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
+    except (ImportError, OSError, AttributeError):
         return False
     result = renameat2(
         _AT_FDCWD,

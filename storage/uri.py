@@ -200,6 +200,10 @@ def parse_uri(uri: str | os.PathLike[str]) -> Location:
         raise InvalidInput(f"a storage URI or a path is needed, not {kind}")
     if "\0" in text:
         raise InvalidInput(f"{one_line(text)!r} holds a NUL character, which no store can")
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{ascii(text)} holds half a character, which no store can") from None
     digest = None
     if fragment := _DIGEST.search(text):
         digest = f"{fragment.group(1)}:{fragment.group(2).lower()}"

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 from storage.cache.layout import Layout, listed
 from storage.cache.owners import boot_id
-from storage.cache.records import make_folder_for
+from storage.cache.records import force_name, make_folder_for
 from storage.digest import Digest, hash_file
 from storage.files import sync
 
@@ -68,6 +68,8 @@ class Blobs:
         except OSError:
             return State.DAMAGED
         if found.st_size != size or not stat.S_ISREG(found.st_mode):
+            return State.DAMAGED
+        if not found.st_mode & stat.S_IROTH and not os.access(self.path(digest), os.R_OK):
             return State.DAMAGED
         if is_marked(found, digest) or self._verified.get(digest) == _identity(found):
             return State.CLEAN
@@ -164,13 +166,13 @@ class Blobs:
         try:
             os.replace(file, path)
         except FileNotFoundError:
-            make_folder_for(path, durable=durable)
+            make_folder_for(path)
             os.replace(file, path)
         except IsADirectoryError:
             self.quarantine(digest)
             os.replace(file, path)
         if durable:
-            sync(os.path.dirname(path))
+            force_name(self._layout, path)
         return path
 
     def is_secure(self, digest: Digest) -> bool:
@@ -184,7 +186,7 @@ class Blobs:
             if not self.is_secure(digest):
                 sync(path)
                 set_mark(path, digest, durable=True)
-                sync(os.path.dirname(path))
+                force_name(self._layout, path)
         except OSError:
             return False
         return True

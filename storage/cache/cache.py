@@ -15,19 +15,20 @@ from storage.cache.layout import Layout
 from storage.cache.leases import leases_of
 from storage.cache.manifests import Manifest, Manifests
 from storage.cache.pins import Pins, pin_name
-from storage.cache.records import DamagedRecordError, read_record, write_record
+from storage.cache.records import DamagedRecordError, force_name, read_record, write_record
 from storage.cache.refs import Ref, Refs, Source
 from storage.cache.snapshots import Snapshots
 from storage.digest import Digest
 from storage.errors import ConfigurationError, DestinationError, ModelMissingError, StorageError
-from storage.files import sync, sync_tree, translate_os_errors
+from storage.files import shown, sync, sync_tree, translate_os_errors
 from storage.uri import Location
 
 __all__ = ["CacheShortfallError", "ModelCache", "Root"]
 
 _FORMAT = 1
 _SHOWN = 3
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+# What translate_os_errors has better words for.
+_EXPLAINED = (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
 
 
 class CacheShortfallError(Exception):
@@ -83,6 +84,8 @@ class Root:
                 self.blobs.secure(digest)
             sync(self.layout.manifest(manifest.id))
             sync_tree(self.layout.snapshot(manifest.id))
+            for path in (self.layout.manifest(manifest.id), self.layout.snapshot(manifest.id)):
+                force_name(self.layout, path)
 
     def holds(self, manifest: Manifest) -> bool:
         """Tell whether every blob of a manifest is in this very root, and clean."""
@@ -142,12 +145,13 @@ class ModelCache:
                 self.check_version(create=True)
                 yield
             except OSError as exc:
-                if isinstance(exc, StorageError) or exc.errno not in _FORBIDDEN:
+                if isinstance(exc, StorageError) or exc.errno in _EXPLAINED:
                     raise
+                where = exc.filename2 or exc.filename or self.upper.path
                 raise DestinationError(
-                    f"the cache {self.upper.path} cannot be written: {exc.strerror}; set "
-                    "STORAGE_CACHE_DIR to a folder that this user may write, or name a "
-                    "destination"
+                    f"the cache {self.upper.path} cannot be written: {exc.strerror or exc} "
+                    f"({shown(where)}); set STORAGE_CACHE_DIR to a folder that this user may "
+                    "write, or name a destination"
                 ) from exc
 
     def check_version(self, *, create: bool = False) -> None:

@@ -20,12 +20,13 @@ from storage.cache.pins import pin_name
 from storage.cache.removal import removing
 from storage.cache.survey import Survey, occupied
 from storage.errors import InsufficientSpaceError, InvalidInput, ModelMissingError, StorageError
+from storage.files import translate_os_errors
 from storage.uri import Location
 
 if TYPE_CHECKING:
     from storage.cache.cache import ModelCache
 
-__all__ = ["Evicted", "delete", "evict", "make_room", "trim"]
+__all__ = ["Evicted", "delete", "evict", "foresee", "make_room", "trim"]
 
 _TRIES = 3
 _ADVICE = (
@@ -62,9 +63,9 @@ def make_room(cache: ModelCache, needed: int) -> None:
             f"the cache {cache.upper.path} has a budget of {budget} bytes, and {needed} are "
             f"needed for one download; nothing was evicted; {_ADVICE}"
         )
-    # What others add meanwhile, or turn out to need, has to be made up for.
+    # What others add meanwhile, or turn out to need, has to be made up for; but not for ever.
     for _ in range(_TRIES):
-        if occupied(cache) + needed <= budget:
+        if _occupied(cache) + needed <= budget:
             return
         _shrink(cache, budget - needed, needed)
 
@@ -82,9 +83,27 @@ def evict(cache: ModelCache, target: int) -> Evicted:
     Raises:
         DestinationError: the cache cannot be read or written.
     """
-    if not os.path.exists(cache.upper.layout.version) or occupied(cache) <= target:
+    if not os.path.exists(cache.upper.layout.version) or _occupied(cache) <= target:
         return Evicted()
     return _shrink(cache, target, None)
+
+
+def foresee(cache: ModelCache, target: int | None) -> tuple[list[str], int]:
+    """Return the sources whose models would be evicted, and how many bytes would go.
+
+    Args:
+        cache: what would be evicted from.
+        target: bytes that may stay; no limit if ``None``, and only what nobody needs goes.
+
+    Raises:
+        DestinationError: the cache cannot be read.
+    """
+    if not os.path.exists(cache.upper.layout.version):
+        return [], 0
+    survey = Survey(cache)
+    victims, left = _choose(survey, survey.size if target is None else target, cache.grace)
+    uris = {ref.source.uri for each in victims for ref in survey.refs.get(each, ())}
+    return sorted(uris), survey.size - left
 
 
 def trim(cache: ModelCache) -> None:
@@ -141,6 +160,11 @@ def delete(cache: ModelCache, location: Location) -> Evicted:
         # What no model ever had is none of this source's.
         removal.take_blobs(survey.unneeded(victims, math.inf))
     return Evicted(removal.models, removal.blobs, removal.bytes)
+
+
+def _occupied(cache: ModelCache) -> int:
+    with translate_os_errors(cache.upper.path):
+        return occupied(cache)
 
 
 def _shrink(cache: ModelCache, target: int, needed: int | None) -> Evicted:

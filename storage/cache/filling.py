@@ -150,5 +150,6 @@ class Filling:
 
     def _hold(self, digest: Digest) -> None:
         text = str(digest)
-        self._cache.hold(blobs=[text])
+        # Nobody has to wait for removals here: whoever publishes does, before the last look.
+        self._cache.leases.hold(blobs=[text])
         self._held.append(text)

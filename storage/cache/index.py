@@ -13,6 +13,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class Index:
         self._read: dict[str, tuple[tuple[int, int] | None, dict[str, Any]]] = {}
         self._unsaved: dict[str, dict[str, Any]] = {}
         self._flush_at = 0.0
+        _instances.add(self)
 
     def by_digest(self, digests: Iterable[Digest], algorithm: str) -> Digest | None:
         """Return the address, in ``algorithm``, of the content that has one of ``digests``."""
@@ -188,6 +190,18 @@ class Index:
             self._read.clear()
         self._read[path] = (state, entries)
         return entries
+
+
+_instances: weakref.WeakSet[Index] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # The thread that held one does not exist in the child.
+    for index in _instances:
+        index._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _blob(entry: Any) -> Digest:

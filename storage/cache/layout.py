@@ -22,6 +22,8 @@ from urllib.parse import quote
 
 from storage.cache.owners import new_name
 from storage.digest import Digest
+from storage.errors import DestinationError
+from storage.files import shown
 
 __all__ = ["Layout", "hash_text", "listed"]
 
@@ -38,11 +40,22 @@ def hash_text(*parts: str) -> str:
 
 
 def listed(folder: str) -> list[str]:
-    """Return the names in a folder; none if it is not there."""
+    """Return the names in a folder; none if it is not there.
+
+    Raises:
+        DestinationError: it cannot be read.
+    """
     try:
         return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as exc:
+        error = DestinationError(
+            f"{shown(folder)} cannot be read: {exc.strerror}; let this user read the cache, or "
+            "set STORAGE_CACHE_DIR to another folder"
+        )
+        error.errno = exc.errno
+        raise error from exc
 
 
 class Layout:
@@ -51,6 +64,8 @@ class Layout:
     def __init__(self, root: str) -> None:
         """Name paths below ``root``."""
         self.root = root
+        self.forced: set[str] = set()
+        """Folders whose names were forced to disk, by this process."""
         self.version = os.path.join(root, "VERSION")
         self.blobs = os.path.join(root, "blobs")
         self.index = os.path.join(root, "index")

@@ -244,11 +244,15 @@ def _blob_line(blob: str) -> str:
 
 
 def _read(path: str) -> set[str]:
-    """Return the lines of a lease that hold."""
+    """Return the lines of a lease that hold.
+
+    Raises:
+        OSError: they cannot be read; nobody may take that for "nothing is in use".
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             text = file.read().decode("utf-8", "surrogateescape")
-    except OSError:
+    except FileNotFoundError:
         return set()
     lines: set[str] = set()
     # What follows the last line end is a line that was not written to its end.

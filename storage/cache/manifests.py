@@ -15,9 +15,10 @@ from functools import cached_property
 from typing import Any
 
 from storage.cache.layout import Layout, hash_text, listed
-from storage.cache.records import DamagedRecordError, read_record, write_record
+from storage.cache.records import DamagedRecordError, force_name, read_record, write_record
 from storage.digest import Digest, tree_digest
 from storage.errors import InvalidInput
+from storage.files import sync
 
 __all__ = ["Manifest", "ManifestFile", "Manifests"]
 
@@ -26,6 +27,7 @@ _FORMAT = 1
 _USE_GRAIN = 30.0
 # Of one link, with all the links that it goes through.
 _MAX_STEPS = 1000
+_MAX_PATH = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +142,12 @@ class Manifest:
                     )
                     for file in record["files"]
                 ),
-                tuple((_checked(path), str(target)) for path, target in record["links"]),
+                tuple((_checked(path), _target(target)) for path, target in record["links"]),
                 tuple(_checked(path) for path in record["folders"]),
             )
             if manifest.id != record["id"] or record["format"] != _FORMAT:
                 raise DamagedRecordError("a manifest is not what its id says")
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise DamagedRecordError(f"a manifest cannot be read: {exc}") from exc
         manifest._check_paths()
         return manifest
@@ -153,10 +155,10 @@ class Manifest:
     def _check_paths(self) -> None:
         """Refuse entries that would be in one another's place."""
         entries = [file.path for file in self.files] + [path for path, _ in self.links]
+        entries += self.folders
         taken = set(entries)
         inner = {path[:index] for path in taken for index, char in enumerate(path) if char == "/"}
-        folders = set(self.folders)
-        if len(taken) != len(entries) or taken & inner or taken & folders:
+        if len(taken) != len(entries) or taken & inner:
             raise DamagedRecordError("a manifest names a path twice")
         links = dict(self.links)
         if any(_leads_out(path, links) for path in links):
@@ -192,6 +194,7 @@ class Manifests:
         Raises:
             OSError: the cache cannot be written.
         """
+        path = self._layout.manifest(manifest.id)
         with contextlib.suppress(DamagedRecordError):
             old = self.load(manifest.id)
             if old is not None:
@@ -203,8 +206,10 @@ class Manifests:
                 )
             if old == manifest:
                 self.touch(manifest.id)
+                if durable:
+                    sync(path)
+                    force_name(self._layout, path)
                 return
-        path = self._layout.manifest(manifest.id)
         write_record(self._layout, path, manifest.as_record(), durable=durable)
 
     def touch(self, manifest_id: str) -> None:
@@ -242,10 +247,18 @@ def _merged(file: ManifestFile, digests: Mapping[str, Digest]) -> tuple[Digest, 
 
 def _checked(path: object) -> str:
     """Return a relative path that stays where it belongs."""
-    parts = path.split("/") if isinstance(path, str) else []
+    # What is longer than any system takes would cost much to look at.
+    parts = path.split("/") if isinstance(path, str) and len(path) <= _MAX_PATH else []
     if not parts or "\0" in str(path) or any(part in ("", ".", "..") for part in parts):
-        raise InvalidInput(f"{path!r} is no path of a model")
+        raise InvalidInput(f"{str(path)[:80]!r} is no path of a model")
     return str(path)
+
+
+def _target(text: object) -> str:
+    """Return what a link can say."""
+    if not isinstance(text, str) or "\0" in text or len(text) > _MAX_PATH:
+        raise InvalidInput(f"{str(text)[:80]!r} is no target of a link")
+    return text
 
 
 def _leads_out(path: str, links: Mapping[str, str]) -> bool:

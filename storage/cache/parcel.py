@@ -104,15 +104,20 @@ def export(
         OSError: the stream cannot be written.
     """
     cache.check_version()
-    chosen = _chosen(cache, refs)
+    chosen = _chosen(_all_refs(cache) if refs is None else refs)
     ids = sorted({ref.manifest for ref in chosen})
-    if not ids:
-        raise ModelMissingError(
-            cache.upper.path, f"the cache {cache.upper.path} holds no model; there is no parcel"
-        )
-    cache.leases.hold(manifests=ids)
     try:
-        manifests = [_whole(cache, chosen, manifest_id) for manifest_id in ids]
+        cache.hold(manifests=ids)
+        if refs is None:
+            # What was evicted before it was held is not there to be exported.
+            there = _chosen(_all_refs(cache))
+            chosen = [ref for ref in chosen if ref in there]
+        if not chosen:
+            raise ModelMissingError(
+                cache.upper.path, f"the cache {cache.upper.path} holds no model; no parcel was made"
+            )
+        used = sorted({ref.manifest for ref in chosen})
+        manifests = [_whole(cache, chosen, manifest_id) for manifest_id in used]
         sizes = {file.digest: file.size for each in manifests for file in each.files}
         records = [(f"manifests/{each.id}.json", _dump(each.as_record())) for each in manifests]
         records.append((_REFS, _dump({"refs": [_ref_record(ref) for ref in chosen]})))
@@ -138,10 +143,12 @@ def export(
     return Exported(uris, len(sizes), sum(sizes.values()))
 
 
-def _chosen(cache: ModelCache, refs: Iterable[Ref] | None) -> list[Ref]:
+def _all_refs(cache: ModelCache) -> Iterator[Ref]:
+    return (ref for root in cache.roots for ref in root.refs.all())
+
+
+def _chosen(refs: Iterable[Ref]) -> list[Ref]:
     """Return the refs, without an origin; of several that are then of one source, the latest."""
-    if refs is None:
-        refs = (ref for root in cache.roots for ref in root.refs.all())
     chosen: dict[tuple[str, str], Ref] = {}
     for ref in refs:
         plain = replace(ref, source=replace(ref.source, origin=""))
@@ -165,7 +172,10 @@ def _whole(cache: ModelCache, refs: Iterable[Ref], manifest_id: str) -> Manifest
 
 
 def _ref_record(ref: Ref) -> dict[str, Any]:
-    return asdict(ref) | {"archive": [str(digest) for digest in ref.archive]}
+    record = asdict(ref)
+    # Of an archive that was unpacked nothing is left that its digest could be compared with.
+    del record["archive"]
+    return record
 
 
 def _content(cache: ModelCache, digest: Digest, size: int) -> Iterator[bytes]:
@@ -271,7 +281,7 @@ class _Import:
         stack.callback(leases.release_blobs, texts)
         for manifest_id in manifests:
             stack.callback(leases.release, manifest_id)
-        leases.hold(manifests=manifests, blobs=texts)
+        self._cache.hold(manifests, texts)
 
     # -- records -----------------------------------------------------------------------------
 
@@ -340,7 +350,7 @@ class _Import:
         for item in found:
             try:
                 refs.append(_checked_ref(item))
-            except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
                 raise damaged(f"{_REFS}: {one_line(exc)}") from exc
         if {ref.manifest for ref in refs} != manifests.keys():
             raise damaged("its sources and its models do not belong together")
@@ -421,7 +431,7 @@ def _checked_ref(record: Mapping[str, Any]) -> Ref:
     """Return the ref that a stranger wrote down.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it is none.
+        ValueError, TypeError, KeyError, AttributeError, OverflowError: it is none.
     """
     source = record["source"]
     scheme, uri, identity = source["scheme"], source["uri"], source["identity"]
@@ -433,6 +443,7 @@ def _checked_ref(record: Mapping[str, Any]) -> Ref:
         patterns[name] = None if value is None else tuple(value)
     if not _SCHEME.fullmatch(scheme) or not _HASH.fullmatch(identity):
         raise InvalidInput("it is no source")
+    uri.encode("utf-8", "surrogateescape")
     location = parse_uri(uri)
     if location.scheme != scheme or str(location) != uri:
         raise InvalidInput(f"{one_line(uri, 80)!r} is no canonical URI")
@@ -442,7 +453,6 @@ def _checked_ref(record: Mapping[str, Any]) -> Ref:
     fingerprint = record["fingerprint"]
     if not isinstance(fingerprint, str | None) or not isinstance(record["manifest"], str):
         raise InvalidInput("it is no state of a source")
-    # Of an archive that was unpacked nothing is left that its digest could be compared with.
     return Ref(
         Source(scheme, uri, identity, "", **patterns, unpack=source["unpack"] is True),
         record["manifest"],

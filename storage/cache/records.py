@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from storage.cache.layout import Layout
-from storage.files import make_parents, sync
+from storage.files import sync
 
 __all__ = [
     "DamagedRecordError",
     "UnreadableRecordError",
+    "force_name",
     "make_folder_for",
     "read_record",
     "write_record",
@@ -65,29 +66,36 @@ def write_record(
                 return False
     temporary = layout.temporary()
     try:
-        with _open_new(temporary, durable) as file:
+        with _open_new(temporary) as file:
             file.write(data)
+            file.flush()
             if durable:
                 os.fsync(file.fileno())
         try:
             os.replace(temporary, path)
         except FileNotFoundError:
-            make_folder_for(path, durable=durable)
+            make_folder_for(path)
+            os.replace(temporary, path)
+        except IsADirectoryError:
+            # Not ours, and nothing would ever be noted here again.
+            aside = os.path.join(layout.quarantine, os.path.basename(temporary))
+            make_folder_for(aside)
+            os.rename(path, aside)
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     if durable:
-        sync(os.path.dirname(path))
+        force_name(layout, path)
     return True
 
 
-def _open_new(path: str, durable: bool) -> BinaryIO:
+def _open_new(path: str) -> BinaryIO:
     try:
-        return open(path, "xb", buffering=0)
+        return open(path, "xb")
     except FileNotFoundError:
-        make_folder_for(path, durable=durable)
-        return open(path, "xb", buffering=0)
+        make_folder_for(path)
+        return open(path, "xb")
 
 
 def read_record(path: str) -> dict[str, Any] | None:
@@ -114,9 +122,22 @@ def read_record(path: str) -> dict[str, Any] | None:
     return value
 
 
-def make_folder_for(path: str, *, durable: bool = False) -> None:
-    """Make the folder that ``path`` is to be in; ``durable``: and force its name to disk."""
-    made = make_parents(os.path.dirname(path))
-    if durable:
-        for folder in made:
-            sync(os.path.dirname(folder))
+def make_folder_for(path: str) -> None:
+    """Make the folder that ``path`` is to be in."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+
+
+def force_name(layout: Layout, path: str) -> None:
+    """Force the name of a file to disk, and those of the folders that it is in.
+
+    Whoever made those folders may have left their names to the system.
+    """
+    folder = os.path.dirname(path)
+    above = []
+    while folder not in layout.forced and len(folder) > len(layout.root):
+        above.append(folder)
+        folder = os.path.dirname(folder)
+    for each in reversed(above):
+        sync(os.path.dirname(each))
+        layout.forced.add(each)
+    sync(os.path.dirname(path))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 from storage.cache.index import ObjectKey
 from storage.cache.layout import Layout, hash_text, listed
@@ -20,13 +20,15 @@ __all__ = ["Pending", "Ref", "Refs", "Source", "identity_of"]
 
 _REF = ".json"
 _PENDING = ".pending"
-# What signs a URL changes with every signature; what it signs stays the same. By the name of
-# the signature itself: the other names that belong to it, which may mean anything elsewhere.
+# What signs a URL changes with every signature; what it signs stays the same. By the names that
+# tell a signature: all that belong to it, which may mean anything elsewhere.
 _SIGNING = {
-    "x-amz-signature": r"x-amz-.*",
-    "x-goog-signature": r"x-goog-.*",
-    "signature": r"awsaccesskeyid|googleaccessid|expires|signature|policy|key-pair-id",
-    "sig": r"sig|sv|ss|srt|sp|se|st|spr|sr|sip|si|sdd|skoid|sktid|skt|ske|sks|skv",
+    ("x-amz-signature",): r"x-amz-.*",
+    ("x-goog-signature",): r"x-goog-.*",
+    ("signature", "awsaccesskeyid"): r"signature|awsaccesskeyid|expires|x-amz-.*",
+    ("signature", "googleaccessid"): r"signature|googleaccessid|expires",
+    ("signature", "key-pair-id"): r"signature|key-pair-id|expires|policy",
+    ("sig", "sv"): r"sig|sv|ss|srt|sp|se|st|spr|sr|sip|si|sdd|skoid|sktid|skt|ske|sks|skv",
 }
 
 
@@ -64,13 +66,19 @@ def identity_of(location: Location) -> str:
     if location.url is None:
         return hash_text(str(location))
     parts = urlsplit(location.url)
-    query = parse_qsl(parts.query, keep_blank_values=True)
-    names = {name.lower() for name, _ in query}
-    for signature, pattern in _SIGNING.items():
-        if signature in names:
+    # What stays is kept as it was written: how a server reads it is not known.
+    query = parts.query.split("&")
+    names = {_name(field).lower() for field in query}
+    for telling, pattern in _SIGNING.items():
+        if names.issuperset(telling):
             signing = re.compile(pattern, re.IGNORECASE)
-            query = [item for item in query if not signing.fullmatch(item[0])]
-    return hash_text(parts._replace(query=urlencode(query)).geturl())
+            query = [field for field in query if not signing.fullmatch(_name(field))]
+    return hash_text(parts._replace(query="&".join(query)).geturl())
+
+
+def _name(field: str) -> str:
+    """Return the name of one field of a query."""
+    return unquote_plus(field.partition("=")[0])
 
 
 @dataclass(frozen=True, slots=True)

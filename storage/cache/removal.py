@@ -24,9 +24,9 @@ What may come in between:
   and the rest nobody names, so that the next collection of garbage removes it.
 
 Before step 1 we announce it (:mod:`storage.cache.announce`) until the end of step 3, and whoever
-takes a lease meanwhile waits (``ModelCache.hold``). So nobody sees a model that is gone for a
-moment and then back; steps 2 and 3 are for those who cannot wait that long. The lock ``gc`` keeps
-two from removing the same at once, which would do no harm but for the work.
+takes a lease meanwhile waits (``ModelCache.hold``), as does another removal. So nobody sees a
+model that is gone for a moment and then back; moving and reading again is for those who cannot
+wait that long. The lock ``gc`` only makes removals queue in an orderly way.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
-from storage.cache.announce import REMOVED, REMOVING
+from storage.cache.announce import REMOVED, announce_removal
 from storage.cache.locks import gc_lock
 from storage.cache.partials import new_partial
 from storage.cache.records import DamagedRecordError, make_folder_for
@@ -67,8 +67,7 @@ def removing(cache: ModelCache) -> Iterator[Removal]:
         # Neither reading all of it nor deleting large files is a thing to wait for.
         survey = Survey(cache)
         with gc_lock(cache.upper.path):
-            announced = os.path.join(folder, REMOVING)
-            os.mkdir(announced)
+            announced = announce_removal(cache.upper.layout, folder)
             survey.update()
             removal = Removal(cache, survey, announced)
             try:

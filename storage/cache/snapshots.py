@@ -10,7 +10,6 @@ many or leads elsewhere has the snapshot made anew from its manifest.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -19,8 +18,9 @@ from storage.cache.blobs import is_marked, make_read_only, set_mark
 from storage.cache.layout import Layout
 from storage.cache.manifests import Manifest, ManifestFile
 from storage.cache.partials import new_partial
+from storage.cache.records import force_name, make_folder_for
 from storage.digest import Digest
-from storage.files import exchange, materialise, remove, sync_tree
+from storage.files import exchange, materialise, sync_tree
 
 __all__ = ["Snapshots"]
 
@@ -59,6 +59,8 @@ class Snapshots:
         inner = {path[:index] for path in missing for index, char in enumerate(path) if char == "/"}
         waiting = [""]
         try:
+            if os.path.islink(folder):
+                return False
             while waiting:
                 base = waiting.pop()
                 with os.scandir(os.path.join(folder, base)) as entries:
@@ -84,7 +86,11 @@ class Snapshots:
         if entry.is_symlink():
             return not wanted.executable and os.readlink(entry.path) == self._target(path, wanted)
         found = entry.stat(follow_symlinks=False)
-        return found.st_size == wanted.size and is_marked(found, wanted.digest)
+        return (
+            found.st_size == wanted.size
+            and is_marked(found, wanted.digest)
+            and os.access(entry.path, os.R_OK)
+        )
 
     def build(self, manifest: Manifest, *, durable: bool = False) -> str:
         """Make the snapshot of a manifest whose blobs are all there, and return its path.
@@ -107,8 +113,10 @@ class Snapshots:
                 os.symlink(target, os.path.join(fresh, path))
             if durable:
                 sync_tree(fresh)
-            os.makedirs(self._layout.snapshots, exist_ok=True)
+            make_folder_for(folder)
             self._publish(fresh, folder, manifest)
+            if durable:
+                force_name(self._layout, folder)
         return self.path(manifest)
 
     def _publish(self, fresh: str, folder: str, manifest: Manifest) -> None:
@@ -123,13 +131,6 @@ class Snapshots:
         if not exchange(fresh, folder):
             os.rename(folder, f"{fresh}.old")
             os.rename(fresh, folder)
-
-    def delete(self, manifest_id: str, partial: str) -> None:
-        """Take a snapshot away, into the folder ``partial``, and remove it there."""
-        gone = os.path.join(partial, manifest_id)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._layout.snapshot(manifest_id), gone)
-            remove(gone)
 
     def _make_parents(self, fresh: str, path: str, made: set[str]) -> None:
         parent = path.rpartition("/")[0]

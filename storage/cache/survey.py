@@ -231,7 +231,8 @@ def folder_size(path: str, skip: Collection[str] = ()) -> int:
     waiting = [path]
     while waiting:
         here = waiting.pop()
-        with contextlib.suppress(FileNotFoundError):
+        # What another user works at is hidden from this one, and not this one's to weigh.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             if not os.path.isdir(here):
                 size += os.lstat(here).st_size
                 continue

@@ -11,6 +11,7 @@ from storage.cache.blobs import State
 from storage.cache.cache import CacheShortfallError
 from storage.cache.pins import pin_name
 from storage.cache.survey import Survey, folder_size
+from storage.files import translate_os_errors
 
 if TYPE_CHECKING:
     from storage.cache.cache import ModelCache, Root
@@ -124,11 +125,13 @@ def usage(cache: ModelCache) -> Usage:
     """
     cache.check_version()
     layout = cache.upper.layout
-    survey = Survey(cache)
+    with translate_os_errors(layout.root):
+        survey = Survey(cache)
+        total = folder_size(layout.root)
+        partial = folder_size(layout.partial)
+        quarantine = folder_size(layout.quarantine)
     blobs = survey.total(survey.blobs)
     copies = sum(survey.copies.values())
-    partial = folder_size(layout.partial)
-    quarantine = folder_size(layout.quarantine)
     pinned, leased, _ = survey.kept(0.0)
     return Usage(
         root=cache.upper.path,
@@ -138,7 +141,7 @@ def usage(cache: ModelCache) -> Usage:
         copy_bytes=copies,
         partial_bytes=partial,
         quarantine_bytes=quarantine,
-        other_bytes=max(0, folder_size(layout.root) - blobs - copies - partial - quarantine),
+        other_bytes=max(0, total - blobs - copies - partial - quarantine),
         budget=cache.budget,
         counted_bytes=survey.size,
         pinned_bytes=pinned,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import unquote
 
+from storage.cache.announce import wait_for_removals
 from storage.cache.blobs import State, is_marked, set_mark
 from storage.cache.cache import CacheShortfallError, ModelCache, Root
 from storage.cache.layout import listed
@@ -200,9 +201,10 @@ class _Check:
             self.checked += self._full
             self.bytes += size
             if state is State.DAMAGED:
-                what = "its content is not what its name says"
+                what = "is damaged"
                 if moved is None:
-                    what += " and it cannot be moved, so it may be used"
+                    used = blobs.look(digest, size) is State.CLEAN
+                    what += " and cannot be moved" + (", so it is used" if used else "")
                 self._bad[digest] = Problem("blob", what, blobs.path(digest), (), moved)
         if self._progress is not None:
             self._progress(size)
@@ -288,6 +290,7 @@ class _Check:
         """Report what is still missing now, of what some source still names."""
         if self._is_upper:
             with gc_lock(self._root.path):
+                wait_for_removals(self._root.layout)
                 self._report_missing(incomplete, loose)
         else:
             self._report_missing(incomplete, loose)
@@ -334,9 +337,8 @@ class _Check:
             return
         what = "is not what its model is"
         if self._is_upper:
-            leases = self._cache.leases
-            leases.hold(manifests=[manifest.id])
             try:
+                self._cache.hold(manifests=[manifest.id])
                 self._cache.check(manifest)
                 # It may have been on its way out, or been made anew by another process.
                 if not os.path.lexists(folder) or snapshots.is_whole(manifest):
@@ -349,7 +351,7 @@ class _Check:
             except StorageError as exc:
                 what += f" and cannot be made anew: {exc}"
             finally:
-                leases.release(manifest.id)
+                self._cache.leases.release(manifest.id)
         uris = tuple(sorted(self._uris.get(manifest.id, ())))
         self.problems.append(Problem("snapshot", what, folder, uris))
 

@@ -173,7 +173,7 @@ def _verify(client: StorageClient, args: Namespace, output: Output) -> None:
     from storage.cache.verify import verify
 
     began = time.perf_counter()
-    report = verify(client.cache, full=args.full, progress=_telling(output))
+    report = verify(client.cache, full=args.full, progress=_telling(output, "hashed"))
     output.note(
         f"looked at {count(report.checked, 'file')}, hashed {human_size(report.bytes)} in "
         f"{human_time(time.perf_counter() - began)}: {_problems(len(report.problems))}"
@@ -204,17 +204,17 @@ def _problem_line(problem: Problem) -> str:
     return f"{problem.kind}: {problem.path} {problem.what}{moved}{models}"
 
 
-def _telling(output: Output) -> Callable[[int], None]:
-    """Return what tells now and then how far it is."""
-    hashed = 0
+def _telling(output: Output, did: str) -> Callable[[int], None]:
+    """Return what counts bytes and tells now and then how many there were."""
+    total = 0
     told = time.monotonic()
 
     def tell(size: int) -> None:
-        nonlocal hashed, told
-        hashed += size
+        nonlocal total, told
+        total += size
         if time.monotonic() - told > _LINE_INTERVAL:
             told = time.monotonic()
-            output.note(f"hashed {human_size(hashed)}")
+            output.note(f"{did} {human_size(total)}")
 
     return tell
 
@@ -244,7 +244,7 @@ def _repair(client: StorageClient, args: Namespace, output: Output) -> None:
 
 
 def _gc(client: StorageClient, args: Namespace, output: Output) -> None:
-    from storage.cache.evict import evict
+    from storage.cache.evict import evict, foresee
     from storage.cache.gc import collect
     from storage.cache.survey import occupied
 
@@ -252,8 +252,13 @@ def _gc(client: StorageClient, args: Namespace, output: Output) -> None:
     cache.check_version()
     if args.grace is not None:
         cache.grace = args.grace
-    collected = collect(cache)
     target = cache.budget if args.size is None else args.size
+    if args.dry_run:
+        uris, size = foresee(cache, target)
+        output.note(f"would remove {count(len(uris), 'model')}, {human_size(size)}")
+        output.result({"bytes": size, "uris": uris}, uris)
+        return
+    collected = collect(cache)
     size, counts = collected.bytes, dict(collected.counts)
     if target is not None:
         evicted = evict(cache, target)
@@ -309,10 +314,10 @@ def _export(client: StorageClient, args: Namespace, output: Output) -> None:
         refs = [ref for uri in args.uris for ref in _refs(cache, parse_uri(uri))]
     creator = f"modelstorage {__version__}"
     if args.file == "-":
-        exported = export(cache, output, refs, creator)
+        exported = export(cache, _Counted(output, output), refs, creator)
     else:
         with _new_file(args.file) as file:
-            exported = export(cache, file, refs, creator)
+            exported = export(cache, _Counted(file, output), refs, creator)
     output.note(
         f"exported {count(len(exported.uris), 'model')}, {count(exported.blobs, 'blob')}, "
         f"{human_size(exported.size)}"
@@ -332,6 +337,24 @@ def _not_cached(cache: ModelCache, location: Location) -> ModelMissingError:
     uri = str(location)
     text = f"{uri} is not in the cache {cache.upper.path}; `storage cache ls` lists what is"
     return ModelMissingError(uri, text)
+
+
+class _Counted:
+    """A stream that tells now and then how much went through it."""
+
+    def __init__(self, stream: Any, output: Output) -> None:
+        self._stream = stream
+        self._wrote = _telling(output, "wrote")
+        self._read = _telling(output, "read")
+
+    def write(self, data: bytes, /) -> None:
+        self._stream.write(data)
+        self._wrote(len(data))
+
+    def read(self, size: int, /) -> bytes:
+        data: bytes = self._stream.read(size)
+        self._read(len(data))
+        return data
 
 
 @contextlib.contextmanager
@@ -368,7 +391,7 @@ def _import(client: StorageClient, args: Namespace, output: Output) -> None:
                     f"{args.file} cannot be read: {exc.strerror}; expected what `storage cache "
                     "export` wrote"
                 ) from exc
-        imported = import_(client.cache, stream)
+        imported = import_(client.cache, _Counted(stream, output))
     output.note(
         f"imported {count(len(imported.uris), 'model')}, {human_size(imported.size)}; "
         f"{imported.new} of {count(imported.blobs, 'blob')} are new"

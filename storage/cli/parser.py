@@ -55,7 +55,8 @@ class _CommandParser(_Parser):
             args = self._options_first(args)
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"not understood: {', '.join(repr(text) for text in unknown)}")
+            names = ", ".join(repr(text) for text in unknown if text != "--")
+            self.error(f"not understood: {names}")
         problem = None if self.check is None else self.check(known)
         if problem is not None:
             self.error(problem)
@@ -76,7 +77,7 @@ class _CommandParser(_Parser):
                 action = self._option_string_actions.get(text)
                 if action is not None and action.nargs is None:
                     options += [value for value in (next(rest, None),) if value is not None]
-        return [*options, "--", *operands]
+        return [*options, "--", *operands] if operands else options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -314,6 +315,9 @@ def _cache_gc(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         metavar="SECONDS",
         help="keep what was used so lately; else as the settings say",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print which models would go, and remove nothing"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -46,6 +47,7 @@ class ClientBase:
         self._limiter: RateLimiter | None = None
         self._options: TransferOptions | None = None
         self._cache: ModelCache | None = None
+        _instances.add(self)
 
     # -- life --------------------------------------------------------------------------------
 
@@ -185,6 +187,18 @@ class ClientBase:
     def run_retried(self, function: Callable[..., T], *args: Any) -> T:
         """Call a short operation of a backend, and again if it failed for a passing reason."""
         return self.transfer_options.retry.run(partial(function, *args))
+
+
+_instances: weakref.WeakSet[ClientBase] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # The thread that held one does not exist in the child.
+    for client in _instances:
+        client._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _store_of(location: Location) -> tuple[object, ...]:

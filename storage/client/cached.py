@@ -72,7 +72,7 @@ class CachedDownload:
         if manifest_id == self._leased:
             return
         if manifest_id is not None:
-            self._cache.leases.hold(manifests=[manifest_id])
+            self._cache.hold(manifests=[manifest_id])
         if self._leased is not None:
             self._cache.leases.release(self._leased)
         self._leased = manifest_id
@@ -127,11 +127,19 @@ class CachedDownload:
         )
 
     def last(self) -> tuple[Ref, Manifest] | None:
-        """Return what the source had last, if all of it is here and right."""
+        """Return what the source had last, if all of it is here and right.
+
+        What another origin had counts only for a caller who expects a digest: it may be
+        another model, and its version says nothing about this one.
+        """
         self._cache.check_version()
         try:
             ref = self._cache.ref(self._source)
-            return None if ref is None else (ref, self._load(ref))
+            if ref is None or (
+                ref.source.origin != self._source.origin and self._job.expected is None
+            ):
+                return None
+            return ref, self._load(ref)
         except CacheShortfallError:
             return None
 
@@ -209,7 +217,7 @@ class CachedDownload:
             return None  # of an archive that is gone; fetched again, it will be known
         self._demand(manifest, ref)
         with contextlib.suppress(DestinationError), self._cache.writing():
-            seen = replace(ref, validated_at=time.time())
+            seen = replace(ref, source=self._source, validated_at=time.time())
             self._cache.upper.refs.set(seen, durable=self._job.durable)
         return manifest
 
@@ -249,7 +257,8 @@ class CachedDownload:
             lock = threading.Lock()
 
             def take(file: FetchedFile, path: str) -> None:
-                found = filling.take(path, file.path, file.size, file.digests, keys[file.path])
+                key = self._key(file.info)
+                found = filling.take(path, file.path, file.size, file.digests, key)
                 with lock:
                     files[file.path] = found
 
@@ -262,6 +271,12 @@ class CachedDownload:
                 vouched=True,
                 on_file=None if job.unpack else take,
             )
+            # What was replaced while it came is known as what came.
+            arrived = {file.path: file.info for file in fetched}
+            planned = (
+                replace(file, info=arrived.get(file.path, file.info)) for file in plan.files
+            )
+            plan = replace(plan, files=tuple(planned))
             archive: tuple[Digest, ...] = ()
             if job.unpack:
                 name = plan.files[0].path

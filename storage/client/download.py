@@ -215,7 +215,9 @@ class Download:
         from storage.transfer.destination import Destination
 
         cache = self.client.cache
-        path = self._final_path(dest, manifest.is_tree, manifest.files[0].path)
+        # An archive may hold no file at all.
+        name = "" if manifest.is_tree else manifest.files[0].path
+        path = self._final_path(dest, manifest.is_tree, name)
         with Destination(
             path, tree=manifest.is_tree, overwrite=self._overwrite, durable=self.durable
         ) as destination:

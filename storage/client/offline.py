@@ -35,6 +35,9 @@ def offline_mode(
     """
     if offline is not None and offline not in (True, False, "auto"):
         raise InvalidInput(f"offline is True, False or 'auto', not {offline!r}")
+    if offline is not None and offline != "auto":
+        # Whoever asks for "is True" later must not be told 1.
+        offline = bool(offline)
     if offline is not False and location.scheme == "hf" and is_true("HF_HUB_OFFLINE"):
         return True
     return settings.offline if offline is None else offline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from storage.cache.index import ObjectKey
@@ -24,12 +25,16 @@ def source_of(location: Location, config: Any, patterns: Patterns, unpack: bool)
         patterns: which files of it.
         unpack: whether it is an archive to be unpacked.
     """
+    revision = getattr(config, "revision", None) if location.scheme == "hf" else None
+    if location.version is None and revision is not None:
+        # It is a part of the name, wherever it was said.
+        location = replace(location, version=revision)
     return Source(
         location.scheme,
         str(location),
         identity_of(location),
         # What memory holds is gone with its process.
-        current_owner().token if location.scheme == "memory" else origin_of(location.type, config),
+        current_owner().token if location.scheme == "memory" else origin_of(location, config),
         patterns.allow,
         patterns.ignore,
         unpack,
@@ -47,7 +52,8 @@ def object_key(source: Source, location: Location, key: str, pin: str | None) ->
     """
     if pin is None:
         return None
-    store = (location.scheme, location.bucket, location.account or "", location.repo_type or "")
+    named = (location.account, location.domain, location.repo_type)
+    store = (location.scheme, location.bucket, *(text or "" for text in named))
     # The query of a URL may say which of several objects its path is.
     url = identity_of(location) if location.type == "http" else ""
     folder, _, name = key.rpartition("/")

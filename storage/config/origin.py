@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from typing import Any
+
+from storage.errors import redact
+from storage.uri import Location
 
 __all__ = ["origin_of"]
 
-# Those that each store's backend follows where a config says nothing.
+# Those that each store's backend follows where a config says nothing; the first one counts.
 _VARIABLES = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
     "gs": ("STORAGE_EMULATOR_HOST",),
-    "azure": ("AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_ACCOUNT_NAME"),
+    "azure": (
+        "AZURE_STORAGE_SERVICE_ENDPOINT",
+        "AZURE_STORAGE_ENDPOINT",
+        "AZURE_STORAGE_ACCOUNT",
+        "AZURE_STORAGE_ACCOUNT_NAME",
+    ),
     "hf": ("HF_ENDPOINT",),
 }
+# What the connection string of a storage account says beside its secrets.
+_PUBLIC = re.compile(
+    r"(?:^|;)\s*(?:AccountName|BlobEndpoint|EndpointSuffix)\s*=\s*([^;?]+)", re.IGNORECASE
+)
 
 
-def origin_of(kind: str, config: Any) -> str:
+def origin_of(location: Location, config: Any) -> str:
     """Return what tells a store from others with the same URIs; empty for the usual one.
 
     Args:
-        kind: type of the URI.
+        location: what is asked for.
         config: the config that applies to it, if any.
+
+    Returns:
+        Text that holds no secret.
     """
+    if location.scheme == "pvc":
+        return "" if config is None else str(config.folder(location.bucket))
+    if getattr(config, "uri_type", "") == "*":
+        # Any option may say which store it is, and any may be a secret.
+        options = sorted(config.options.get_secret_value().items())
+        return f"options {hashlib.sha256(ascii(options).encode()).hexdigest()[:32]}" if options else ""
     named = [getattr(config, name, None) for name in ("endpoint_url", "endpoint", "account")]
+    secret = getattr(config, "connection_string", None)
+    if secret is not None:
+        named += _PUBLIC.findall(secret.get_secret_value())
+    if not any(named) and location.type == "azure":
+        named = _PUBLIC.findall(os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
     if not any(named):
-        named = [next(filter(None, map(os.environ.get, _VARIABLES.get(kind, ()))), None)]
-    return " ".join(str(text).rstrip("/") for text in named if text)
+        variables = map(os.environ.get, _VARIABLES.get(location.type, ()))
+        named = [next(filter(None, variables), None)]
+    return " ".join(redact(str(text)).strip().rstrip("/") for text in named if text)

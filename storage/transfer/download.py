@@ -41,6 +41,9 @@ class FetchedFile:
     digests: dict[str, Digest]
     """Those that were computed, by algorithm."""
 
+    info: ObjectInfo
+    """The object that arrived: not the planned one if that was replaced meanwhile."""
+
 
 def fetch(
     backend: Backend,
@@ -244,7 +247,7 @@ class _Job:
                 "is damaged"
             )
         self._meter.add_object()
-        self._result = FetchedFile(self._planned.path, size, found)
+        self._result = FetchedFile(self._planned.path, size, found, self._info)
 
     def hand_over(self) -> None:
         """Tell who waits for the file that it is there, verified and closed."""

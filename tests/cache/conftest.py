@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 from storage import StorageClient
+from storage.cache.cache import ModelCache
 from storage.config import load_settings
+from tests.cache.parcels import MODEL, OTHER, archive, packed
 from tests.cache.support import SOURCES, Source, make_source
+from tests.servers import OddHTTP
+from tests.servers.odd_http import StaticFile
 
 MakeClient = Callable[..., StorageClient]
 
@@ -54,3 +58,34 @@ def make_client(cache: Path) -> Iterator[MakeClient]:
 def client(make_client: MakeClient) -> StorageClient:
     """A client of the cache with the usual settings."""
     return make_client()
+
+
+# -- parcels ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def far(tmp_path: Path, make_client: MakeClient) -> ModelCache:
+    """An empty cache of a machine without a network."""
+    return make_client(cache_dir=tmp_path / "far").cache
+
+
+@pytest.fixture
+def models(make_client: MakeClient, source: Source) -> dict[str, dict[str, bytes]]:
+    """Two cached models that share a file, by their URIs."""
+    files = {source.put_model(MODEL): MODEL, source.put_model(OTHER, "other"): OTHER}
+    client = make_client()
+    for uri in files:
+        client.download(uri, config=source.config)
+    client.cache.close()  # else they are leased as long as this process lives
+    return files
+
+
+@pytest.fixture
+def parcel(make_client: MakeClient, models: dict[str, dict[str, bytes]]) -> bytes:
+    return packed(make_client().cache)
+
+
+@pytest.fixture
+def served_archive(odd_http: Callable[..., OddHTTP], tmp_path: Path) -> str:
+    """The URL of an archive with a program, a link and an empty folder in it."""
+    return f"{odd_http(StaticFile(archive(tmp_path).read_bytes())).url}/model.tar"

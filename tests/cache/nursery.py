@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -194,6 +194,9 @@ class KillLoop:
         *,
         seed: int = 0,
         longest: float = 0.2,
+        points: Mapping[int, Sequence[str]] | None = None,
+        spared: Collection[int] = (),
+        during: Callable[[random.Random], object] | None = None,
     ) -> None:
         """Describe the loop.
 
@@ -205,12 +208,20 @@ class KillLoop:
                 wrong. That no child was given a wrong byte is checked already.
             seed: of the moments, the victims and the jobs.
             longest: seconds from the readiness of all to the last kill.
+            points: of some jobs, by their numbers, points that they pass. In every other round
+                one of these jobs kills itself at one of its points, if it comes to it; each
+                folder of the cache has the same chance.
+            spared: numbers of jobs that are never killed.
+            during: called once all children are ready, while they work.
         """
         self._nursery = nursery
         self._jobs = jobs
         self._check = check
         self._seed = seed
         self._longest = longest
+        self._points = dict(points or {})
+        self._spared = frozenset(spared)
+        self._during = during
 
     def run(self, rounds: int, first: int = 0) -> list[Round]:
         """Run ``rounds`` rounds, numbered from ``first``; each repeats by its number."""
@@ -225,19 +236,27 @@ class KillLoop:
         jobs = [replace(job, seed=rng.randrange(2**32)) for job in self._jobs]
         if point is not None:
             jobs[0] = replace(jobs[0], kill_point=point)
+        elif self._points and number % 2:
+            index = rng.choice(sorted(self._points))
+            area = rng.choice(sorted({_area(each) for each in self._points[index]}))
+            inside = [each for each in self._points[index] if _area(each) == area]
+            jobs[index] = replace(jobs[index], kill_point=rng.choice(inside))
+        mortal = [index for index in range(len(jobs)) if index not in self._spared]
         doomed = {
             index
-            for index, job in enumerate(jobs)
-            if job.kill_point is None and (job.steps is None or rng.random() < 0.5)
+            for index in mortal
+            if jobs[index].kill_point is None and (jobs[index].steps is None or rng.random() < 0.5)
         }
         if not doomed and all(job.kill_point is None for job in jobs):
-            doomed = {rng.randrange(len(jobs))}
+            doomed = {rng.choice(mortal)}
         delays = sorted((rng.uniform(0, self._longest), index) for index in doomed)
 
         children = [self._nursery.start(job) for job in jobs]
         for child in children:
             child.wait_until_ready()
         begin = time.monotonic()
+        if self._during is not None:
+            self._during(rng)
         for delay, index in delays:
             # It is the moment that is random; nothing is waited for.
             time.sleep(max(0.0, begin + delay - time.monotonic()))
@@ -251,3 +270,8 @@ class KillLoop:
             exc.add_note(f"seed {self._seed}, {done}")
             raise
         return done
+
+
+def _area(point: str) -> str:
+    """Return the folder of the cache that is changed at a point."""
+    return point.partition(":")[0].rpartition("-")[2]

@@ -27,10 +27,10 @@ def models(make_client: MakeClient, tmp_path: Path) -> Models:
     return found
 
 
-def note(cache: ModelCache, location: Location, **fields: str) -> Ref:
+def note(cache: ModelCache, location: Location, origin: str = "") -> Ref:
     """Let the cache say that ``location`` had a model that is there, whatever it is."""
     manifest = next(iter(cache.upper.manifests.ids()))
-    source = Source(location.scheme, str(location), identity_of(location), **fields)
+    source = Source(location.scheme, str(location), identity_of(location), origin)
     ref = Ref(source, manifest, 1.0, 1.0)
     cache.upper.refs.set(ref)
     return ref
@@ -60,7 +60,7 @@ def test_nothing_is_unpinned_where_no_cache_is(make_client: MakeClient, cache: P
 
 def test_what_is_not_cached_cannot_be_pinned(models: Models) -> None:
     models.put("c")
-    with pytest.raises(ModelMissingError, match="is not in the cache .* download it first"):
+    with pytest.raises(ModelMissingError, match=r"is not in the cache .* download it first"):
         models.cache.pin(models.location("c"))
     assert models.cache.pins.all() == []
 
@@ -109,10 +109,12 @@ def test_a_pin_holds_for_all_filters(models: Models, tmp_path: Path) -> None:
 
 def test_a_pin_stays_until_the_model_comes_back(models: Models) -> None:
     models.cache.pin(models.location("a"))
-    models.cache.upper.refs.delete(next(models.cache.upper.refs.all()).source)
+    for ref in list(models.cache.upper.refs.all()):
+        models.cache.upper.refs.delete(ref.source)
     models.fetch("a")
+    models.fetch("b")
     evict(models.cache, 0)
-    assert "a" in models.there()
+    assert models.there() == {"a"}
 
 
 def test_a_damaged_pin_holds(models: Models) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from storage.cache.manifests import Manifest, Manifests
 from storage.cache.verify import Problem, Report, verify
 from storage.digest import Digest, hash_file
 from tests.cache.conftest import MakeClient
+from tests.cache.parcels import archive
 from tests.cache.support import Source, blob_files, flip_byte, tree_bytes, wrong_blobs
 from tests.servers import OddHTTP, read_only_view
 from tests.servers.odd_http import Reply, Request, StaticFile
@@ -43,20 +43,6 @@ def only(report: Report) -> Problem:
 
 def large_blob(cache: Path) -> Path:
     return next(path for path in blob_files(cache) if path.stat().st_size == LARGE)
-
-
-def archive(folder: Path) -> Path:
-    """Return an archive with a program, a link and an empty folder in it."""
-    tree = folder / "tree"
-    (tree / "bin").mkdir(parents=True)
-    (tree / "none").mkdir()
-    (tree / "bin" / "run").write_bytes(b"#!/bin/sh\n" * 100)
-    (tree / "bin" / "run").chmod(0o755)
-    (tree / "data").write_bytes(b"data")
-    (tree / "link").symlink_to("bin/run")
-    with tarfile.open(folder / "model.tar", "w") as tar:
-        tar.add(tree, ".")
-    return folder / "model.tar"
 
 
 # -- finding -------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from typing import Any
 
 import pytest
 
+from tests.cache.askers import hashes
 from tests.cache.processes import break_locks
 from tests.transfer.support import memory_bucket
 
@@ -87,8 +88,7 @@ class Job:
     """User id to become first."""
 
     hold: int = 1
-    """Steps after which what was in use is looked at once more, and given up by closing the
-    client."""
+    """Steps after which what was in use is looked at once more, and given up."""
 
 
 class _Points:
@@ -207,6 +207,7 @@ class _Worker:
                 for model, path in held:
                     if wrong := _wrong(model, path):
                         self._tell({"what": model.uri, "wrong": f"while in use: {wrong}"})
+                client.cache.close()
         self._tell({"points": points.passed})
 
     def _step(
@@ -230,34 +231,22 @@ class _Worker:
 def _command(arguments: Sequence[str]) -> dict[str, Any]:
     from storage.cli import main
 
-    printed, complained = io.StringIO(), io.StringIO()
+    # Some commands print bytes, which only a stream of a file takes.
+    written, complained = io.BytesIO(), io.StringIO()
+    printed = io.TextIOWrapper(written, "utf-8", write_through=True)
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complained):
         status = main(arguments)
-    message = (complained.getvalue() or printed.getvalue()).strip()
+    message = (complained.getvalue() or written.getvalue().decode()).strip()
     return {"what": " ".join(arguments), "status": status, "message": message[-2000:]}
 
 
 def _wrong(model: Model, path: str) -> str | None:
     """Say what is wrong with a model at ``path``."""
     try:
-        found = _hashes(path)
+        found = hashes(path)
     except OSError as exc:
         return f"{path}: {exc}"
     return None if found in model.versions else f"{path} is no version of it: {found}"
-
-
-def _hashes(path: str) -> dict[str, str]:
-    def sha256(name: str) -> str:
-        with open(name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    if os.path.isfile(path):
-        return {"": sha256(path)}
-    return {
-        os.path.relpath(os.path.join(folder, name), path): sha256(os.path.join(folder, name))
-        for folder, _, names in os.walk(path)
-        for name in names
-    }
 
 
 def _perform(job: Job, pipe: int) -> int:
