@@ -131,7 +131,8 @@ class Storage:
             allow_patterns: ``fnmatch`` patterns of relative paths; the rest is left out.
             ignore_patterns: patterns of what is left out.
             digest: expected digest, ``sha256:…`` or ``blake3:…``; of a tree as
-                :func:`storage.tree_digest` defines it. The same for several sources.
+                :func:`storage.tree_digest` defines it. The same for several sources. If the
+                cache has what the source was, and it is that, no store is asked.
             unpack: extract the one archive (tar, tar.gz, zip, …) that ``uri`` is.
             offline: ``True`` uses the cache alone, ``"auto"`` falls back to it when the store
                 cannot be reached; of several sources, when none of them gives the model.
@@ -142,7 +143,8 @@ class Storage:
             cache: keep a copy in the cache although there is a ``dest``. What is cached is
                 used in any case.
             link: make cached files at ``dest`` ``"hardlink"`` or ``"symlink"`` instead of
-                copies; whoever then writes to one of them damages the cache.
+                copies; whoever then writes to one of them damages the cache. What symbolic
+                links lead to stays until this process ends, and longer if it is pinned.
             durable: force everything to disk before it counts as done. Default from the
                 settings.
             overwrite: let a tree replace a folder that this library did not put there.
@@ -155,6 +157,7 @@ class Storage:
             ModelMissingError: nothing is there.
             AuthenticationError: the store refuses access.
             IntegrityError: the bytes are not the expected ones.
+            OfflineError: nobody may be asked, and it is not cached, or not all of it.
             TransferError: retries are spent (``UnreachableError``: nobody answers).
             DestinationError: ``dest`` cannot be written (``InsufficientSpaceError``: no room).
             StorageError: base of them all. If several sources failed, the message names each;

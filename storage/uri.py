@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from storage.errors import InvalidInput, one_line, redact
 
@@ -192,7 +192,7 @@ def parse_uri(uri: str | os.PathLike[str]) -> Location:
     """Parse a storage URI or a plain local path.
 
     Raises:
-        InvalidInput: the text is empty, names no bucket, or holds a NUL or a line break.
+        InvalidInput: the text is empty, names no bucket, or holds a NUL or half a character.
     """
     text = os.fspath(uri) if isinstance(uri, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text:
@@ -203,7 +203,9 @@ def parse_uri(uri: str | os.PathLike[str]) -> Location:
     try:
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise InvalidInput(f"{ascii(text)} holds half a character, which no store can") from None
+        raise InvalidInput(
+            f"{one_line(text)!a} holds half a character, which no store can"
+        ) from None
     digest = None
     if fragment := _DIGEST.search(text):
         digest = f"{fragment.group(1)}:{fragment.group(2).lower()}"
@@ -251,7 +253,8 @@ def _parse_bucket(scheme: str, rest: str, text: str) -> Location:
 
 def _check_bucket(scheme: str, bucket: str, text: str) -> None:
     if not _BUCKET.fullmatch(bucket) or ".." in bucket:
-        found = f"{bucket!r} is not a name" if bucket else "there is no name"
+        # Shown within the URI only: it may hold a user and a password, or a query.
+        found = "what is between '://' and '/' is not a name" if bucket else "there is no name"
         raise InvalidInput(
             f"{one_line(text)!r}: {found} of a bucket, container or claim; "
             f"expected {scheme}://name/path"
@@ -283,11 +286,11 @@ def _parse_azure(scheme: str, rest: str, text: str) -> Location:
 def _parse_http(scheme: str, rest: str, text: str) -> Location:
     if re.search(r"[\x00-\x1f\x7f]", text):
         raise InvalidInput(f"{one_line(text)!r}: a URL holds no control characters")
+    parts = _split(text)
     try:
-        parts = urlsplit(text)
         host, port = parts.hostname, parts.port
-    except ValueError as exc:
-        raise InvalidInput(f"{one_line(text)!r} is not a URL: {exc}") from exc
+    except ValueError:
+        raise _no_url(text) from None
     if not host:
         raise InvalidInput(f"{one_line(text)!r}: there is no host; as in {HTTP_URI_FORMAT}")
     # Matched on the parsed host alone, never on the text: a look-alike such as
@@ -311,6 +314,21 @@ def _parse_http(scheme: str, rest: str, text: str) -> Location:
     host = f"[{host}]" if ":" in host else host
     netloc = f"{host}:{port}" if port else host
     return Location(scheme, netloc, parts.path.removeprefix("/"), url=text)
+
+
+def _split(text: str) -> SplitResult:
+    try:
+        return urlsplit(text)
+    except ValueError:
+        raise _no_url(text) from None
+
+
+def _no_url(text: str) -> InvalidInput:
+    """Return what is wrong. What Python says of it may hold the user and the password."""
+    start, at, end = one_line(text).rpartition("@")
+    # A password with a slash in it looks like a port and a path.
+    shown = f"{start.partition('://')[0]}://…@{end}" if at else end
+    return InvalidInput(f"{shown!r} is not a URL: its host or its port cannot be read")
 
 
 def _split_version(query: str) -> tuple[str | None, str | None]:
@@ -347,6 +365,7 @@ def _parse_hf(scheme: str, rest: str, text: str) -> Location:
 
 
 def _parse_generic(scheme: str, rest: str, text: str) -> Location:
+    _split(text)
     authority, _, key = rest.partition("/")
     return Location(scheme, authority.rpartition("@")[2], key, url=text)
 

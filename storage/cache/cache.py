@@ -11,14 +11,20 @@ from contextlib import contextmanager
 from storage.cache.announce import wait_for_removals
 from storage.cache.blobs import Blobs, State
 from storage.cache.index import Index, Known, ObjectKey
-from storage.cache.layout import Layout
+from storage.cache.layout import Layout, listed
 from storage.cache.leases import leases_of
 from storage.cache.manifests import Manifest, Manifests
 from storage.cache.pins import Pins, pin_name
-from storage.cache.records import DamagedRecordError, force_name, read_record, write_record
+from storage.cache.records import (
+    DamagedRecordError,
+    UnreadableRecordError,
+    force_name,
+    read_record,
+    write_record,
+)
 from storage.cache.refs import Ref, Refs, Source
 from storage.cache.snapshots import Snapshots
-from storage.digest import Digest
+from storage.digest import ALGORITHMS, Digest
 from storage.errors import ConfigurationError, DestinationError, ModelMissingError, StorageError
 from storage.files import shown, sync, sync_tree, translate_os_errors
 from storage.uri import Location
@@ -161,7 +167,7 @@ class ModelCache:
             create: make a cache of the folder if it is none.
 
         Raises:
-            ConfigurationError: it is one.
+            ConfigurationError: it is one, or something else that a cache would spoil.
             OSError: it cannot be created.
         """
         if self._checked:
@@ -174,6 +180,7 @@ class ModelCache:
                 found = None
             if found is None:
                 if create and root is self.upper:
+                    _refuse_foreign(root.layout)
                     record = {"format": _FORMAT, "algorithm": self.algorithm}
                     write_record(root.layout, path, record, durable=True)
                     _sync_above(root.path)
@@ -238,18 +245,21 @@ class ModelCache:
         """Return what a source had last.
 
         Raises:
-            CacheShortfallError: the note of it is damaged.
+            CacheShortfallError: the note of it is damaged, or cannot be read.
         """
-        damaged = False
+        problem: DamagedRecordError | None = None
         for root in self.roots:
             try:
                 found = root.refs.get(source)
-            except DamagedRecordError:
-                damaged = True
+            except DamagedRecordError as exc:
+                problem = exc
                 continue
             if found is not None:
                 return found
-        if damaged:
+        if isinstance(problem, UnreadableRecordError):
+            # As that of another user, who kept it private; there is nothing to repair.
+            raise CacheShortfallError(f"may be cached, but {problem}")
+        if problem is not None:
             raise CacheShortfallError("is cached but damaged: the note of what it was", True)
         return None
 
@@ -395,6 +405,23 @@ class ModelCache:
     def close(self) -> None:
         """Give up all that this process holds; what it got may then be evicted."""
         self.leases.close()
+
+
+def _refuse_foreign(layout: Layout) -> None:
+    """Make no cache of a folder whose folders are somebody else's: tidying up removes in them.
+
+    A cache that has lost its VERSION is none of these, and gets a new one.
+    """
+    names = {name for name in listed(layout.root) if not name.startswith(".")}
+    kept = {os.path.basename(path) for path in layout.kept}
+    others = names - kept - {"leases", "locks", "lost+found", "partial"}
+    strangers = {name for name in listed(layout.blobs) if name not in ALGORITHMS}
+    if names & kept and (others or strangers) and not os.path.lexists(layout.version):
+        raise ConfigurationError(
+            f"{layout.root} is no cache, and holds what is not ours: "
+            f"{', '.join(map(shown, sorted(others or strangers)[:_SHOWN]))}; set "
+            "STORAGE_CACHE_DIR to a folder that is empty or not there yet"
+        )
 
 
 def _sync_above(folder: str) -> None:

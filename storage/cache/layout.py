@@ -77,6 +77,19 @@ class Layout:
         self.locks = os.path.join(root, "locks")
         self.quarantine = os.path.join(root, "quarantine")
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The folders that hold what is kept; the others come and go with processes."""
+        return (
+            self.blobs,
+            self.index,
+            self.manifests,
+            self.refs,
+            self.snapshots,
+            self.pins,
+            self.quarantine,
+        )
+
     def blob(self, digest: Digest) -> str:
         """Return the path of the blob with this address."""
         return os.path.join(self.blobs, digest.algorithm, digest.hex[:2], digest.hex)

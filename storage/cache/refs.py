@@ -63,8 +63,8 @@ class Source:
 
 def identity_of(location: Location) -> str:
     """Return the identity that a source at ``location`` has; never a secret."""
-    if location.url is None:
-        return hash_text(str(location))
+    if location.url is None or location.type != "http":
+        return hash_text(location.url or str(location))
     parts = urlsplit(location.url)
     # What stays is kept as it was written: how a server reads it is not known.
     query = parts.query.split("&")

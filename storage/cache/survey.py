@@ -232,7 +232,7 @@ def folder_size(path: str, skip: Collection[str] = ()) -> int:
     while waiting:
         here = waiting.pop()
         # What another user works at is hidden from this one, and not this one's to weigh.
-        with contextlib.suppress(FileNotFoundError, PermissionError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             if not os.path.isdir(here):
                 size += os.lstat(here).st_size
                 continue

@@ -185,10 +185,14 @@ class _Check:
 
     def _doubtful(self) -> Iterator[tuple[Digest, int]]:
         """Yield the blobs of models that one look does not find right."""
+        seen: set[Digest] = set()
         for manifest in self._manifests():
             for file in manifest.files:
+                if file.digest in seen:
+                    continue
+                seen.add(file.digest)
                 state = self._root.blobs.look(file.digest, file.size)
-                if state in (State.DOUBTFUL, State.DAMAGED) and file.digest not in self._bad:
+                if state in (State.DOUBTFUL, State.DAMAGED):
                     yield file.digest, file.size
 
     def _hash(self, digest: Digest, size: int) -> None:

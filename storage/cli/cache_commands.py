@@ -255,7 +255,10 @@ def _gc(client: StorageClient, args: Namespace, output: Output) -> None:
     target = cache.budget if args.size is None else args.size
     if args.dry_run:
         uris, size = foresee(cache, target)
-        output.note(f"would remove {count(len(uris), 'model')}, {human_size(size)}")
+        output.note(
+            f"would remove {human_size(size)}: what {count(len(uris), 'source')} had, and what no "
+            "source has any more"
+        )
         output.result({"bytes": size, "uris": uris}, uris)
         return
     collected = collect(cache)
@@ -266,9 +269,9 @@ def _gc(client: StorageClient, args: Namespace, output: Output) -> None:
         for name, number in (("models", evicted.models), ("blobs", evicted.blobs)):
             counts[name] = counts.get(name, 0) + number
     left = occupied(cache)
-    went = [f"{number} {name}" for name, number in counts.items() if number]
+    went = ", ".join(f"{name}: {number}" for name, number in counts.items() if number)
     output.note(
-        f"removed {', '.join(went) or 'nothing'}: {human_size(size)}; {human_size(left)} are left"
+        f"removed {human_size(size)}{went and f' ({went})'}; {human_size(left)} of content are left"
     )
     output.result({"bytes": size, "removed": counts, "left": left})
     if args.size is not None and left > args.size:
@@ -360,15 +363,20 @@ class _Counted:
 @contextlib.contextmanager
 def _new_file(path: str) -> Iterator[BinaryIO]:
     """Open a file that gets its name when all of it is on the disk."""
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}.part")
     with translate_os_errors(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            # A pipe or a device is written to, and stays what it is.
+            with open(path, "wb") as file:
+                yield file
+            return
+        folder, name = os.path.split(os.path.realpath(path))
+        temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}.part")
         try:
             with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, os.path.join(folder, name))
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)

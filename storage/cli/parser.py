@@ -337,7 +337,12 @@ def _cache_export(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("file", metavar="FILE", type=_path, help="where to; - for standard output")
     parser.add_argument(
-        "uris", metavar="URI", nargs="*", type=_uri, help="what to export; all if none is given"
+        "uris",
+        metavar="URI",
+        nargs="*",
+        default=(),
+        type=_uri,
+        help="what to export; all if none is given",
     )
     parser.check = _check_export  # type: ignore[attr-defined]
 

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from storage.cache.cache import CacheShortfallError
 from storage.cache.index import Known, ObjectKey
@@ -44,7 +45,11 @@ _TRIES = 3
 
 
 class CachedDownload:
-    """The part of a download that knows the cache."""
+    """The part of a download that knows the cache; a context manager.
+
+    What it uses can be evicted again at the end, but for what the caller gets: a path in the
+    cache, or symbolic links into it.
+    """
 
     def __init__(self, job: Download) -> None:
         """Prepare for ``job``; nothing is touched."""
@@ -61,11 +66,18 @@ class CachedDownload:
         self._leased = None
         return path
 
-    def release(self) -> None:
-        """Let what this download uses, and did not keep, be evicted again."""
-        self._cache.leases.release_blobs(self._held)
-        self._held.clear()
-        self._lease(None)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc_type is not None or self._job.link != "symlink":
+            self._cache.leases.release_blobs(self._held)
+            self._lease(None)
 
     def _lease(self, manifest_id: str | None) -> None:
         """Hold one manifest instead of another; before anybody looks whether it is there."""
@@ -267,15 +279,14 @@ class CachedDownload:
                 filling.folder,
                 None,
                 meter,
-                algorithms=(self._cache.algorithm,),
+                # An archive is not kept: what may be expected of it later is found now or never.
+                algorithms=(self._cache.algorithm, *(("sha256",) if job.unpack else ())),
                 vouched=True,
                 on_file=None if job.unpack else take,
             )
             # What was replaced while it came is known as what came.
             arrived = {file.path: file.info for file in fetched}
-            planned = (
-                replace(file, info=arrived.get(file.path, file.info)) for file in plan.files
-            )
+            planned = (replace(file, info=arrived.get(file.path, file.info)) for file in plan.files)
             plan = replace(plan, files=tuple(planned))
             archive: tuple[Digest, ...] = ()
             if job.unpack:

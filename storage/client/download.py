@@ -158,35 +158,26 @@ class Download:
     def _from_store(self, dest: str | None) -> str:
         if dest is None or self._fill:
             return self._through_cache(dest)
-        cached = self._cached()
-        try:
+        with self._cached() as cached:
             manifest = cached.fresh(cached.last())
             if manifest is not None:
                 self.tell_present(manifest)
                 return self._materialise(manifest, dest)
             return self._fetch(self.make_plan(), dest, cached)
-        finally:
-            cached.release()
 
     def _through_cache(self, dest: str | None) -> str:
-        cached = self._cached()
-        try:
+        with self._cached() as cached:
             manifest = cached.obtain()
             if dest is not None:
                 return self._materialise(manifest, dest)
             return cached.keep(manifest)
-        finally:
-            cached.release()
 
     def _from_cache(self, dest: str | None) -> str:
         """Take what the source was when it was cached last; no backend, no socket."""
-        cached = self._cached()
-        try:
+        with self._cached() as cached:
             manifest = cached.offline()
             self.tell_present(manifest)
             return cached.keep(manifest) if dest is None else self._materialise(manifest, dest)
-        finally:
-            cached.release()
 
     def _cached(self) -> CachedDownload:
         from storage.client.cached import CachedDownload

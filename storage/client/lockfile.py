@@ -129,7 +129,8 @@ class LockFile:
         """
         name = os.fspath(path)
         try:
-            with open(path, encoding="utf-8") as file:
+            # A mark at the begin, as some editors set it, is none of the text.
+            with open(path, encoding="utf-8-sig") as file:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as exc:
             why = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from storage.client.locked import download_model
 from storage.client.lockfile import LockFile
 from storage.client.parallel import map_parallel
 from storage.client.sources import agreed_digest, fitting_configs
+from storage.client.sourcing import complete
 from storage.errors import ConfigurationError, InvalidInput, ModelMissingError, StorageError
 from storage.uri import Location, parse_uri
 
@@ -64,7 +66,7 @@ def prefetch(
         try:
             path = entry.download(its_config)
             if pin:
-                _pin(client, entry.locations)
+                _pin(client, entry.locations, its_config)
         except StorageError as exc:
             return PrefetchResult(uri, None, exc)
         return PrefetchResult(uri, path, None)
@@ -72,11 +74,11 @@ def prefetch(
     return map_parallel(run, work, jobs)
 
 
-def _pin(client: StorageClient, locations: Sequence[Location]) -> None:
+def _pin(client: StorageClient, locations: Sequence[Location], config: Any) -> None:
     """Pin what is cached of the sources of one model; not every one of them was needed."""
-    for location in locations:
+    for location, its_config in zip(locations, fitting_configs(locations, config), strict=True):
         try:
-            client.cache.pin(location)
+            client.cache.pin(complete(location, client.resolve_config(location, its_config)))
         except ModelMissingError:
             if len(locations) == 1 and not location.is_local:
                 raise
@@ -86,7 +88,8 @@ def _read(client: StorageClient, file: str | os.PathLike[str]) -> list[_Entry]:
     name = os.fspath(file)
     try:
         with open(file, "rb") as stream:
-            data = stream.read()
+            # Some editors begin a text with this mark.
+            data = stream.read().removeprefix(codecs.BOM_UTF8)
     except OSError as exc:
         raise ConfigurationError(f"{name} cannot be read: {exc.strerror}") from exc
     if data.lstrip().startswith(b"{"):
@@ -115,6 +118,8 @@ def _read_lines(data: bytes, name: str) -> list[tuple[list[str], tuple[Location,
     for number, line in enumerate(data.splitlines(), 1):
         try:
             uris = [] if line.lstrip().startswith(b"#") else line.decode().split()
+            if any(uri.startswith("#") for uri in uris):
+                raise InvalidInput("a comment needs a line of its own, which begins with '#'")
             locations = tuple(parse_uri(uri) for uri in uris)
             agreed_digest(locations, None)
         except (InvalidInput, UnicodeDecodeError) as exc:

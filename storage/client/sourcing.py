@@ -13,7 +13,7 @@ from storage.config.origin import origin_of
 from storage.transfer.plan import Patterns
 from storage.uri import Location
 
-__all__ = ["object_key", "source_of"]
+__all__ = ["complete", "object_key", "source_of"]
 
 
 def source_of(location: Location, config: Any, patterns: Patterns, unpack: bool) -> Source:
@@ -25,10 +25,7 @@ def source_of(location: Location, config: Any, patterns: Patterns, unpack: bool)
         patterns: which files of it.
         unpack: whether it is an archive to be unpacked.
     """
-    revision = getattr(config, "revision", None) if location.scheme == "hf" else None
-    if location.version is None and revision is not None:
-        # It is a part of the name, wherever it was said.
-        location = replace(location, version=revision)
+    location = complete(location, config)
     return Source(
         location.scheme,
         str(location),
@@ -39,6 +36,14 @@ def source_of(location: Location, config: Any, patterns: Patterns, unpack: bool)
         patterns.ignore,
         unpack,
     )
+
+
+def complete(location: Location, config: Any) -> Location:
+    """Return a location with the revision that ``config`` names, if it names none itself."""
+    revision = getattr(config, "revision", None)
+    if location.scheme != "hf" or location.version is not None or revision is None:
+        return location
+    return replace(location, version=revision)
 
 
 def object_key(source: Source, location: Location, key: str, pin: str | None) -> ObjectKey | None:
@@ -54,7 +59,11 @@ def object_key(source: Source, location: Location, key: str, pin: str | None) ->
         return None
     named = (location.account, location.domain, location.repo_type)
     store = (location.scheme, location.bucket, *(text or "" for text in named))
-    # The query of a URL may say which of several objects its path is.
-    url = identity_of(location) if location.type == "http" else ""
+    # The query of a URL may say which of several objects its path is, and a user sees other files.
+    url = identity_of(location) if location.type == "http" else _authority(location.url or "")
     folder, _, name = key.rpartition("/")
     return ObjectKey(hash_text(*store, source.origin, url, folder), name, pin)
+
+
+def _authority(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0]

@@ -45,7 +45,8 @@ def origin_of(location: Location, config: Any) -> str:
     if getattr(config, "uri_type", "") == "*":
         # Any option may say which store it is, and any may be a secret.
         options = sorted(config.options.get_secret_value().items())
-        return f"options {hashlib.sha256(ascii(options).encode()).hexdigest()[:32]}" if options else ""
+        digest = hashlib.sha256(ascii(options).encode()).hexdigest()
+        return f"options {digest[:32]}" if options else ""
     named = [getattr(config, name, None) for name in ("endpoint_url", "endpoint", "account")]
     secret = getattr(config, "connection_string", None)
     if secret is not None:

@@ -16,13 +16,23 @@ from typing import Any
 
 import pytest
 
-__all__ = ["Camera", "Disk", "File", "restore"]
+__all__ = ["DAMAGES", "Camera", "Disk", "File", "restore", "state"]
 
 # Calls after which something else is on the disk, or on it for good.
 _CHANGES = (
     *("mkdir", "rmdir", "rename", "replace", "link", "symlink", "unlink", "remove"),
     *("utime", "chmod"),
 )
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "zeros": lambda data: bytes(len(data)),
+    "zeros at the end": lambda data: data[:-1] + b"\0",
+    "a page of zeros": lambda data: bytes(min(len(data), 4096)) + data[4096:],
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "garbage": lambda data: bytes(byte ^ 0xA5 for byte in data),
+}
+"""What a power cut may make of a content, by a name."""
 
 
 @dataclass(frozen=True)
@@ -211,3 +221,14 @@ def _restore_folder(
             path.write_bytes(file.data)
             path.chmod(file.mode)
             os.utime(path, ns=(file.time, file.time))
+
+
+def state(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return, of all that is in a folder, whatever a write would change."""
+    found = {}
+    for base, folders, files in os.walk(folder):
+        for name in (".", *folders, *files):
+            path = os.path.join(base, name)
+            it = os.lstat(path)
+            found[path] = (it.st_ino, it.st_mode, it.st_size, it.st_mtime_ns, it.st_ctime_ns)
+    return found

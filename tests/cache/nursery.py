@@ -208,9 +208,9 @@ class KillLoop:
                 wrong. That no child was given a wrong byte is checked already.
             seed: of the moments, the victims and the jobs.
             longest: seconds from the readiness of all to the last kill.
-            points: of some jobs, by their numbers, points that they pass. In every other round
-                one of these jobs kills itself at one of its points, if it comes to it; each
-                folder of the cache has the same chance.
+            points: of some jobs with an end, by number, points that they pass. In every other
+                round one of these jobs kills itself at one of its points, if it comes to it;
+                all points are gone through in random order.
             spared: numbers of jobs that are never killed.
             during: called once all children are ready, while they work.
         """
@@ -219,7 +219,8 @@ class KillLoop:
         self._check = check
         self._seed = seed
         self._longest = longest
-        self._points = dict(points or {})
+        self._points = [(index, name) for index, names in (points or {}).items() for name in names]
+        random.Random(seed).shuffle(self._points)
         self._spared = frozenset(spared)
         self._during = during
 
@@ -237,10 +238,8 @@ class KillLoop:
         if point is not None:
             jobs[0] = replace(jobs[0], kill_point=point)
         elif self._points and number % 2:
-            index = rng.choice(sorted(self._points))
-            area = rng.choice(sorted({_area(each) for each in self._points[index]}))
-            inside = [each for each in self._points[index] if _area(each) == area]
-            jobs[index] = replace(jobs[index], kill_point=rng.choice(inside))
+            index, name = self._points[number // 2 % len(self._points)]
+            jobs[index] = replace(jobs[index], kill_point=name)
         mortal = [index for index in range(len(jobs)) if index not in self._spared]
         doomed = {
             index
@@ -270,8 +269,3 @@ class KillLoop:
             exc.add_note(f"seed {self._seed}, {done}")
             raise
         return done
-
-
-def _area(point: str) -> str:
-    """Return the folder of the cache that is changed at a point."""
-    return point.partition(":")[0].rpartition("-")[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -122,7 +123,7 @@ def test_only_what_was_synced_is_trusted_after_another_boot(
     assert blobs.settle(BLOB, SIZE) is State.CLEAN
     # It was synced when it was hashed.
     reboot(monkeypatch)
-    assert blobs.look(BLOB, SIZE) is State.CLEAN
+    assert Blobs(blobs._layout).look(BLOB, SIZE) is State.CLEAN
 
 
 def test_a_system_without_an_id_of_its_boot_syncs_everything(
@@ -270,6 +271,41 @@ def test_verify_reads_what_has_its_mark(blobs: Blobs, layout: Layout) -> None:
     assert moved is not None
     assert [os.path.basename(moved)] == quarantined(layout)
     assert blobs.verify(BLOB, SIZE) == (State.ABSENT, None)
+
+
+def test_what_cannot_be_read_to_its_end_is_damaged(
+    blobs: Blobs, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = add(blobs)
+    os.utime(path)
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("storage.cache.blobs.hash_file", fail)
+    assert blobs.settle(BLOB, SIZE) is State.DAMAGED
+    assert not path.exists()
+    assert len(quarantined(layout)) == 1
+
+
+def test_what_cannot_be_opened_is_not_used_and_stays() -> None:
+    with open_folder() as folder:
+        blobs = Blobs(Layout(str(folder)))
+        path = add(blobs)
+        path.chmod(0)
+        for each in (folder, *folder.rglob("*")):
+            if each.is_dir():
+                each.chmod(0o777)
+
+        def look() -> bool:
+            assert blobs.settle(BLOB, SIZE) is State.DAMAGED
+            assert blobs.verify(BLOB, SIZE) == (State.DAMAGED, None)
+            return True
+
+        assert as_nobody(look)
+        assert path.exists()
+        path.chmod(0o444)
+        assert as_nobody(lambda: blobs.settle(BLOB, SIZE) is State.CLEAN)
 
 
 def test_a_right_blob_that_came_meanwhile_is_not_put_away(blobs: Blobs, layout: Layout) -> None:

@@ -34,7 +34,7 @@ def assert_healed(client: StorageClient, source: Source, cache: Path, uri: str) 
     """See that the model is right, and known to be so without being fetched again."""
     for options in ({}, {"offline": True}, {"freshness": "cache-first"}):
         source.forget()
-        path = client.download(uri, config=source.config, **options)  # type: ignore[arg-type]
+        path = client.download(uri, config=source.config, **options)
         assert tree_bytes(path) == MODEL
         assert source.bodies == []
     assert wrong_blobs(cache) == []

@@ -18,6 +18,7 @@ from storage.cache.verify import verify
 from storage.uri import parse_uri
 from tests.cache.boots import count_hashes
 from tests.cache.conftest import MakeClient
+from tests.cache.disk import state
 from tests.cache.support import Source, blob_files, flip_byte, tree_bytes
 from tests.servers import read_only_view
 
@@ -30,17 +31,6 @@ pytestmark = pytest.mark.kinds("memory")
 
 def large_blob(cache: Path) -> Path:
     return next(path for path in blob_files(cache) if path.stat().st_size == LARGE)
-
-
-def state(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return everything that a write could change."""
-    found = {}
-    for base, folders, files in os.walk(folder):
-        for name in (".", *folders, *files):
-            it = os.lstat(os.path.join(base, name))
-            path = os.path.relpath(os.path.join(base, name), folder)
-            found[path] = (it.st_ino, it.st_mode, it.st_size, it.st_mtime_ns, it.st_ctime_ns)
-    return found
 
 
 @pytest.fixture
@@ -116,7 +106,7 @@ def test_where_it_could_be_written_it_is_not_either(
     before = state(lower)
     client = make_client(cache_lower=[lower])
     for options in ({}, {"offline": True}, {"freshness": "cache-first"}):
-        found = client.download(uri, **options)  # type: ignore[arg-type]
+        found = client.download(uri, **options)
         assert tree_bytes(found) == MODEL
         assert found == path
     assert state(lower) == before
@@ -158,7 +148,7 @@ def test_of_a_model_that_is_there_in_part_the_rest_is_fetched(
     assert os.readlink(path / "model.bin") == str(large_blob(lower))
     assert path.is_relative_to(cache)
     for options in ({"offline": True}, {"freshness": "cache-first"}):
-        assert client.download(uri, **options) == str(path)  # type: ignore[arg-type]
+        assert client.download(uri, **options) == str(path)
     assert state(lower) == before
 
 
@@ -217,7 +207,7 @@ def test_what_is_damaged_below_is_fetched_above(
     assert os.path.realpath(path / "config/a.json").startswith(f"{lower}/")
     source.forget()
     for options in ({}, {"offline": True}, {"freshness": "cache-first"}):
-        assert client.download(uri, **options) == str(path)  # type: ignore[arg-type]
+        assert client.download(uri, **options) == str(path)
     assert source.bodies == []
     assert state(lower) == before
 

@@ -3,53 +3,28 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
-import stat
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from storage import OfflineError, StorageClient
+from storage import OfflineError
 from storage.cache.verify import verify
-from storage.config import load_settings
 from tests.cache.boots import count_hashes, reboot, run_in_boot
 from tests.cache.conftest import MakeClient
-from tests.cache.disk import Camera, Disk, restore
-from tests.cache.support import Source, blob_files, tree_bytes, wrong_blobs
-from tests.servers import OddHTTP, small_disk
-from tests.servers.odd_http import StaticFile
-
-SOAK = 10 if os.environ.get("STORAGE_SOAK") == "1" else 1
+from tests.cache.disk import DAMAGES
+from tests.cache.support import Source, blob_files
 
 FIRST = {"model.bin": b"weights" * 1000, "config/a.json": b"{}", "same.txt": b"same"}
 SECOND = {"model.bin": b"WEIGHTS" * 1000, "config/b.json": b"{}", "same.txt": b"same"}
-PROGRAM = b"#!/bin/sh\necho yes\n"
 
 Journal = list[tuple[str, ...]]
 """``("sync", path)``, ``("rename", source, target)``, ``("mkdir", path)`` as they came."""
-
-
-@pytest.fixture
-def archive(odd_http: Callable[..., OddHTTP], tmp_path: Path) -> str:
-    """The URL of an archive with a program, a link and an empty folder in it."""
-    program = tmp_path / "run"
-    program.write_bytes(PROGRAM)
-    program.chmod(0o755)
-    (tmp_path / "link").symlink_to("bin/run")
-    with tarfile.open(tmp_path / "model.tar", "w") as tar:
-        tar.add(program, "bin/run")
-        tar.add(program, "bin/copy", filter=lambda it: it.replace(mode=0o644, deep=False))
-        tar.add(tmp_path / "link", "link")
-        tar.add(tmp_path, "none", recursive=False)
-    return f"{odd_http(StaticFile((tmp_path / 'model.tar').read_bytes())).url}/model.tar"
 
 
 # -- the order of the calls ----------------------------------------------------------------
@@ -130,12 +105,12 @@ def test_everything_is_on_the_disk_before_what_leads_to_it(
 ) -> None:
     uri = source.put_model(FIRST)
     root = tmp_path / "new" / "cache"
-    settings: dict[str, Any] = {
+    ways: dict[str, dict[str, Any]] = {
         "call": {},
         "setting": {"durable": True},
         "profile": {"profile": "edge"},
-    }[how]
-    client = make_client(cache_dir=root, **settings)
+    }
+    client = make_client(cache_dir=root, **ways[how])
     journal.clear()
     options: dict[str, Any] = {"durable": True} if how == "call" else {}
     client.download(uri, config=source.config, **options)
@@ -146,14 +121,13 @@ def test_everything_is_on_the_disk_before_what_leads_to_it(
 
 @pytest.mark.kinds("memory")
 def test_an_archive_is_on_the_disk_before_what_leads_to_it(
-    make_client: MakeClient, archive: str, tmp_path: Path, journal: Journal
+    make_client: MakeClient, served_archive: str, tmp_path: Path, journal: Journal
 ) -> None:
     root = tmp_path / "cache"
     client = make_client(cache_dir=root, durable=True)
     journal.clear()
-    client.download(archive, unpack=True)
-    # Two of the files have the same content.
-    assert_forced_in_order(journal, root, 1)
+    client.download(served_archive, unpack=True)
+    assert_forced_in_order(journal, root, 2)
     ((_, source, _),) = (journal[number] for number in published(journal, root, "snapshots"))
     for inner in ("bin/run", "bin", "none"):
         assert ("sync", f"{source}/{inner}") in journal
@@ -220,7 +194,7 @@ def test_nothing_is_forced_to_the_disk_unasked(
     make_client: MakeClient,
     source: Source,
     cache: Path,
-    archive: str,
+    served_archive: str,
     tmp_path: Path,
     journal: Journal,
 ) -> None:
@@ -236,22 +210,32 @@ def test_nothing_is_forced_to_the_disk_unasked(
     client.download(uri, config=source.config)
     client.download(uri, config=source.config, offline=True)
     client.download(uri, tmp_path / "out", config=source.config)
-    client.download(archive, unpack=True)
-    assert len(published(journal, cache, "blobs")) == 2
+    client.download(served_archive, unpack=True)
+    assert len(published(journal, cache, "blobs")) == 3
     assert [event for event in journal if event[0] == "sync"] == []
 
 
 @pytest.mark.kinds("memory")
 def test_what_is_asked_for_once_more_and_durably_is_forced_then(
-    make_client: MakeClient, source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch
+    make_client: MakeClient,
+    source: Source,
+    cache: Path,
+    journal: Journal,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     uri = source.put_model(FIRST)
     make_client().download(uri)
-    # The second model shares content with the first one, which is not on the disk yet.
-    other = source.put_model(FIRST | {"more": b"more"}, "other")
-    make_client().download(other, durable=True)
+    shared = blob_files(cache)
+    # What is known to be there is not on the disk yet.
+    source.put_file("model/more", b"more")
+    journal.clear()
+    source.forget()
+    make_client().download(uri, durable=True)
+    assert source.bodies == ["model/more"]
+    ref = max(published(journal, cache, "refs"))
+    assert {("sync", str(blob)) for blob in shared} <= set(journal[:ref])
     assert unsynced(cache, monkeypatch) == set()
-    source.put_model(FIRST | {"model.bin": b"new"})
+    source.put_file("model/more", b"new")
     make_client().download(uri)
     assert unsynced(cache, monkeypatch) == {b"new"}
     make_client().download(uri, durable=True)
@@ -300,8 +284,8 @@ def test_what_was_synced_is_not_hashed_after_another_boot(
     path = make_client(durable=True).download(uri, config=source.config)
     hashes = count_hashes(monkeypatch)
     reboot(monkeypatch)
-    for options in ({"offline": True}, {}):
-        assert make_client().download(uri, config=source.config, **options) == path
+    for offline in (True, False):
+        assert make_client().download(uri, config=source.config, offline=offline) == path
     assert not hashes
 
 
@@ -329,16 +313,6 @@ def test_a_new_process_after_another_boot_hashes_what_was_not_synced(
             timeout=60,
         )
         assert (done.stdout, done.stderr) == (f"{path} {expected}\n", "")
-
-
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "zeros": lambda data: bytes(len(data)),
-    "zeros at the end": lambda data: data[:-1] + b"\0",
-    "a page of zeros": lambda data: bytes(min(len(data), 4096)) + data[4096:],
-    "cut": lambda data: data[: len(data) // 2],
-    "empty": lambda data: b"",
-    "garbage": lambda data: bytes(byte ^ 0xA5 for byte in data),
-}
 
 
 @pytest.mark.kinds("web")
@@ -369,170 +343,3 @@ def test_what_a_power_cut_left_of_a_blob_is_not_served(
     assert Path(path).read_bytes() == FIRST["model.bin"]
     assert source.bodies == ["model.bin"]
     assert verify(client.cache, full=True).problems == ()
-
-
-# -- every moment --------------------------------------------------------------------------
-
-
-@dataclass
-class Film:
-    """What was on the disk after each change of some downloads, and what they brought."""
-
-    tree: str
-    archive: str
-    config: Any
-    pictures: list[Disk]
-    ends: dict[str, int]
-    """How many pictures there were when each of the downloads returned."""
-
-
-@pytest.fixture
-def shoot(source: Source, archive: str) -> Iterator[Callable[[bool], tuple[Film, Path]]]:
-    """Record downloads into a new cache, durable or not, on a small disk."""
-    with small_disk(mebibytes=64) as disk:
-
-        def record(durable: bool) -> tuple[Film, Path]:
-            top = disk / "now"
-            top.mkdir()
-            uri = source.put_model(FIRST)
-            with Camera(top) as camera:
-                film = Film(uri, archive, source.config, camera.pictures, {})
-                settings = load_settings(cache_dir=top / "cache", durable=durable)
-                with StorageClient(settings=settings) as client:
-
-                    def download(step: str, what: str, **options: Any) -> None:
-                        config = source.config if what == uri else None
-                        client.download(what, config=config, **options)
-                        film.ends[step] = len(camera.pictures)
-
-                    download("first", uri)
-                    download("archive", archive, unpack=True)
-                    download("again", uri)
-                    source.put_model(SECOND)
-                    download("second", uri)
-                    download("archive again", archive, unpack=True)
-            return film, disk / "left"
-
-        yield record
-
-
-def look(film: Film, left: Path) -> tuple[str, str]:
-    """Say what a cache serves without a network: ``right``… or ``refused``, of both models."""
-    settings = load_settings(cache_dir=left / "cache", offline=True)
-    with StorageClient(settings=settings) as client:
-        try:
-            tree = tree_bytes(client.download(film.tree, config=film.config))
-            assert tree in (FIRST, SECOND)
-            found = "first" if tree == FIRST else "second"
-        except OfflineError:
-            found = "refused"
-        try:
-            unpacked = Path(client.download(film.archive, unpack=True))
-            assert tree_bytes(unpacked) == {
-                "bin/run": PROGRAM,
-                "bin/copy": PROGRAM,
-                "link": PROGRAM,
-            }
-            assert stat.S_IMODE((unpacked / "bin/run").stat().st_mode) & 0o100
-            assert os.readlink(unpacked / "link") == "bin/run"
-            assert os.listdir(unpacked / "none") == []
-            program = "archive"
-        except OfflineError:
-            program = "refused"
-    client.cache.close()
-    return found, program
-
-
-def heal(film: Film, left: Path) -> None:
-    """See that the next download makes everything right."""
-    settings = load_settings(cache_dir=left / "cache")
-    with StorageClient(settings=settings) as client:
-        assert tree_bytes(client.download(film.tree, config=film.config)) == SECOND
-        client.download(film.archive, unpack=True)
-        # What is left of the old version is nobody's any more.
-        client.repair(full=True, config=film.config)
-        assert verify(client.cache, full=True).problems == ()
-    client.cache.close()
-    assert wrong_blobs(left / "cache") == []
-    assert look(film, left) == ("second", "archive")
-
-
-def watch(
-    film: Film,
-    left: Path,
-    durable: bool,
-    rng: random.Random,
-    cuts: Callable[[], Iterator[dict[str, Any]]],
-    heal_one_in: int,
-) -> dict[tuple[str, str], int]:
-    """Pull the plug at every moment, in each of the ways that ``cuts`` gives."""
-    seen: dict[tuple[str, str], int] = {}
-    for number, picture in enumerate(film.pictures):
-        for cut in cuts():
-            restore(picture, left, **cut)
-            try:
-                found = look(film, left)
-                seen[found] = seen.get(found, 0) + 1
-                if durable:
-                    # What a durable download returned is there for good.
-                    if number >= film.ends["first"] - 1:
-                        assert found[0] != "refused", number
-                    if number >= film.ends["archive"] - 1:
-                        assert found[1] == "archive", number
-                    if number >= film.ends["second"] - 1:
-                        assert found[0] == "second", number
-                if rng.randrange(heal_one_in) == 0:
-                    heal(film, left)
-            finally:
-                shutil.rmtree(left)
-    return seen
-
-
-@pytest.mark.kinds("s3")
-@pytest.mark.parametrize("durable", [True, False])
-def test_at_no_moment_is_anything_wrong_left(
-    shoot: Callable[[bool], tuple[Film, Path]],
-    monkeypatch: pytest.MonkeyPatch,
-    durable: bool,
-) -> None:
-    film, left = shoot(durable)
-    reboot(monkeypatch)
-    rng = random.Random(0)
-
-    def cuts() -> Iterator[dict[str, Any]]:
-        # Nothing stays but what was synced; and all names stay, with nothing behind them.
-        yield {"lost": lambda what: True}
-        damage = rng.choice([*DAMAGES.values()])
-        yield {"lost": lambda what: what == "content", "damage": damage}
-        # Or most of it is there.
-        yield {"lost": lambda what: what == "content" and rng.random() < 0.1, "damage": damage}
-
-    seen = watch(film, left, durable, rng, cuts, 80)
-    assert {("refused", "refused"), ("first", "archive"), ("second", "archive")} < seen.keys()
-    restore(film.pictures[-1], left, lost=lambda what: False)
-    assert look(film, left) == ("second", "archive")
-
-
-@pytest.mark.kinds("s3")
-@pytest.mark.slow
-@pytest.mark.parametrize("durable", [True, False])
-def test_at_no_moment_is_anything_wrong_left_of_what_may_be(
-    shoot: Callable[[bool], tuple[Film, Path]],
-    monkeypatch: pytest.MonkeyPatch,
-    durable: bool,
-) -> None:
-    film, left = shoot(durable)
-    reboot(monkeypatch)
-    rng = random.Random(1)
-
-    def cuts() -> Iterator[dict[str, Any]]:
-        for _ in range(6 * SOAK):
-            share = rng.choice([0.05, 0.2, 0.5, 0.8, 0.95])
-            yield {
-                "lost": lambda what, share=share: rng.random() < share,
-                "damage": lambda data: rng.choice([*DAMAGES.values()])(data),
-            }
-
-    seen = watch(film, left, durable, rng, cuts, 100)
-    assert ("refused", "refused") in seen
-    assert ("second", "archive") in seen
