@@ -129,9 +129,15 @@ def delete(cache: ModelCache, location: Location) -> Evicted:
     """
     cache.check_version()
     name = pin_name(location)
-    if not any(pin_name(ref.source) == name for ref in cache.upper.refs.all()):
+    having = (
+        root for root in cache.roots if any(pin_name(ref.source) == name for ref in root.refs.all())
+    )
+    where = next(having, None)
+    if where is not cache.upper:
+        lower = f", only in {where.path} below it, which is never written" if where else ""
         raise ModelMissingError(
-            str(location), f"{location} is not in the cache {cache.upper.path}; nothing was removed"
+            str(location),
+            f"{location} is not in the cache {cache.upper.path}{lower}; nothing was removed",
         )
     with cache.writing(), removing(cache) as removal:
         survey = removal.survey

@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from storage.cache.layout import listed
 from storage.cache.locks import remove_stale
-from storage.cache.partials import remove_dead
+from storage.cache.partials import dead_size, remove_dead
 from storage.cache.records import DamagedRecordError, UnreadableRecordError
 from storage.cache.removal import removing
 from storage.cache.survey import folder_size
@@ -27,7 +27,7 @@ from storage.files import remove
 if TYPE_CHECKING:
     from storage.cache.cache import ModelCache
 
-__all__ = ["Collected", "collect"]
+__all__ = ["Collected", "collect", "collectable"]
 
 _DAY = 24 * 3600.0
 
@@ -65,7 +65,7 @@ def collect(cache: ModelCache, *, grace: float | None = None) -> Collected:
     with cache.writing():
         size = remove_dead(root.path) + cache.leases.remove_dead()
         locks = remove_stale(root.layout.locks)
-        quarantined, freed = _empty_quarantine(root.layout.quarantine, 7 * _DAY if grace else 0.0)
+        quarantined, freed = _empty_quarantine(root.layout.quarantine, grace)
         with removing(cache) as removal:
             survey = removal.survey
             leads_nowhere = partial(_leads_nowhere, cache, survey.held.manifests)
@@ -91,19 +91,39 @@ def collect(cache: ModelCache, *, grace: float | None = None) -> Collected:
     return Collected(size + freed + removal.bytes, counts)
 
 
-def _empty_quarantine(folder: str, age: float) -> tuple[int, int]:
-    """Remove what has been there for ``age`` seconds; return how many files, and their bytes."""
+def collectable(cache: ModelCache) -> int:
+    """Return the bytes that :func:`collect` would give back beside models, blobs and notes.
+
+    Raises:
+        DestinationError: the cache cannot be read.
+    """
+    root = cache.upper
+    if not os.path.exists(root.layout.version):
+        return 0
+    old = _old(root.layout.quarantine, cache.grace)
+    return dead_size(root.path) + sum(map(folder_size, old))
+
+
+def _empty_quarantine(folder: str, grace: float) -> tuple[int, int]:
+    """Remove what has been there for long; return how many files, and their bytes."""
     count = size = 0
+    for path in _old(folder, grace):
+        with contextlib.suppress(OSError):
+            freed = folder_size(path)
+            remove(path)
+            count += 1
+            size += freed
+    return count, size
+
+
+def _old(folder: str, grace: float) -> Iterator[str]:
+    age = 7 * _DAY if grace else 0.0
     for name in listed(folder):
         path = os.path.join(folder, name)
         with contextlib.suppress(OSError):
             # A file gets this time when it is moved, and nobody can set it.
             if not age or time.time() - os.lstat(path).st_ctime > age:
-                freed = folder_size(path)
-                remove(path)
-                count += 1
-                size += freed
-    return count, size
+                yield path
 
 
 def _leads_nowhere(cache: ModelCache, held: Collection[str], path: str) -> bool:

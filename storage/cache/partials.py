@@ -8,12 +8,13 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from functools import partial
 
 from storage.cache.layout import Layout, listed
 from storage.cache.owners import Owner, may_live, new_name
 from storage.files import remove
 
-__all__ = ["new_partial", "remove_dead"]
+__all__ = ["dead_size", "new_partial", "remove_dead"]
 
 _LOCK = "lock"
 
@@ -62,24 +63,37 @@ def remove_dead(root: str, now: float | None = None) -> int:
     Returns:
         How many bytes that gave back.
     """
+    return sum(map(_remove, _dead(root, now)))
+
+
+def dead_size(root: str) -> int:
+    """Return how many bytes :func:`remove_dead` would give back."""
+    return sum(_measure(path)[0] for path in _dead(root, None))
+
+
+def _dead(root: str, now: float | None) -> Iterator[str]:
     now = time.time() if now is None else now
     folder = Layout(root).partial
-    return sum(_remove_if_dead(folder, name, now) for name in listed(folder))
+    for name in listed(folder):
+        path = os.path.join(folder, name)
+        lock = os.path.join(path, _LOCK)
+        if not may_live(Owner.parse(name), lock, partial(_changed, path), now):
+            yield path
 
 
-def _remove_if_dead(folder: str, name: str, now: float) -> int:
-    path = os.path.join(folder, name)
-    lock = os.path.join(path, _LOCK)
-    if may_live(Owner.parse(name), lock, lambda: _measure(path)[1], now):
-        return 0
+def _remove(path: str) -> int:
     # Of several who find it, the one whose rename succeeds removes it.
-    ours = os.path.join(folder, new_name())
+    ours = os.path.join(os.path.dirname(path), new_name())
     with contextlib.suppress(OSError):
         os.rename(path, ours)
         size, _ = _measure(ours)
         remove(ours)
         return size
     return 0
+
+
+def _changed(path: str) -> float:
+    return _measure(path)[1]
 
 
 def _measure(path: str) -> tuple[int, float]:

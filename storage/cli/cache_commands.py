@@ -245,7 +245,7 @@ def _repair(client: StorageClient, args: Namespace, output: Output) -> None:
 
 def _gc(client: StorageClient, args: Namespace, output: Output) -> None:
     from storage.cache.evict import evict, foresee
-    from storage.cache.gc import collect
+    from storage.cache.gc import collect, collectable
     from storage.cache.survey import occupied
 
     cache = client.cache
@@ -255,9 +255,10 @@ def _gc(client: StorageClient, args: Namespace, output: Output) -> None:
     target = cache.budget if args.size is None else args.size
     if args.dry_run:
         uris, size = foresee(cache, target)
+        size += collectable(cache)
         output.note(
-            f"would remove {human_size(size)}: what {count(len(uris), 'source')} had, and what no "
-            "source has any more"
+            f"would remove about {human_size(size)}: what {count(len(uris), 'source')} had, and "
+            "what nothing leads to"
         )
         output.result({"bytes": size, "uris": uris}, uris)
         return
@@ -277,8 +278,8 @@ def _gc(client: StorageClient, args: Namespace, output: Output) -> None:
     if args.size is not None and left > args.size:
         raise InsufficientSpaceError(
             f"the cache {cache.upper.path} still takes {left} bytes, and {args.size} were asked "
-            "for; what is left is pinned, in use, or was used lately (--grace); nothing of it "
-            "was removed"
+            "for; what is left is pinned, in use, under way, or was used lately (--grace); "
+            "nothing of it was removed"
         )
 
 

@@ -22,7 +22,7 @@ import pytest
 from storage.backends.base import ByteRange, ObjectInfo
 from storage.backends.memory import MemoryBackend
 from storage.digest import hash_file
-from tests.facade.stores import HubStore, MemoryStore, S3Store, tree_bytes
+from tests.facade.stores import HubStore, MemoryStore, S3Store, Store, tree_bytes
 from tests.servers import CountingProxy, Hub, NginxHTTP, Recorded, S3Server
 from tests.servers.nginx_http import put_file
 
@@ -134,7 +134,22 @@ class Source(ABC):
         return {path: self._sizes[path] for path in mine if self._sizes[path]}
 
 
-class MemorySource(Source):
+class _Stored(Source):
+    """A source whose objects are in a store of the conformance tests."""
+
+    _store: Store
+
+    def uri(self, path: str = "") -> str:
+        return self._store.uri(path)
+
+    def _put(self, files: Mapping[str, bytes]) -> None:
+        self._store.put_all(files)
+
+    def _delete(self, path: str) -> None:
+        self._store.delete_raw(path)
+
+
+class MemorySource(_Stored):
     """A bucket in this process. It counts calls of the backend, and sees only this process."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
@@ -169,15 +184,6 @@ class MemorySource(Source):
         patch.setattr(MemoryBackend, "read", read)
         for name in ("stat", "list"):
             patch.setattr(MemoryBackend, name, counted(name))
-
-    def uri(self, path: str = "") -> str:
-        return self._store.uri(path)
-
-    def _put(self, files: Mapping[str, bytes]) -> None:
-        self._store.put_all(files)
-
-    def _delete(self, path: str) -> None:
-        self._store.delete_raw(path)
 
     def forget(self) -> None:
         self._calls.clear()
@@ -219,7 +225,7 @@ class _Proxied(Source):
         return [(path, span) for path, span in found if path is not None]
 
 
-class S3Source(_Proxied):
+class S3Source(_Stored, _Proxied):
     """A prefix of a bucket behind a proxy."""
 
     def __init__(self, server: S3Server, bucket: str, prefix: str, proxy: CountingProxy) -> None:
@@ -233,15 +239,6 @@ class S3Source(_Proxied):
             "endpoint_url": proxy.endpoint,
         }
         self._place = f"/{bucket}/{prefix}/"
-
-    def uri(self, path: str = "") -> str:
-        return self._store.uri(path)
-
-    def _put(self, files: Mapping[str, bytes]) -> None:
-        self._store.put_all(files)
-
-    def _delete(self, path: str) -> None:
-        self._store.delete_raw(path)
 
     def _path(self, request: Recorded) -> str | None:
         path, _, query = request.path.partition("?")
@@ -278,7 +275,7 @@ class WebSource(_Proxied):
         return unquote(request.path.partition("?")[0]).removeprefix(f"/{self._folder}/")
 
 
-class HubSource(Source):
+class HubSource(_Stored):
     """A repository of the test Hub."""
 
     def __init__(self, hub: Hub) -> None:
@@ -289,15 +286,6 @@ class HubSource(Source):
         self.config = self._store.config
         self.fields = {"token": hub.writer.token, "endpoint": hub.url}
         self._repo = self._store._repo
-
-    def uri(self, path: str = "") -> str:
-        return self._store.uri(path)
-
-    def _put(self, files: Mapping[str, bytes]) -> None:
-        self._store.put_all(files)
-
-    def _delete(self, path: str) -> None:
-        self._store.delete_raw(path)
 
     def forget(self) -> None:
         self._hub.forget()

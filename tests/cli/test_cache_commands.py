@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from storage.cli import main
 from tests.cache.support import blob_files, flip_byte
 from tests.cli.conftest import FILES, Command, read_tree, write_tree
 
@@ -353,50 +352,6 @@ def test_cached_files_are_linked_if_asked(
 
 
 # -- misuse ----------------------------------------------------------------------------------
-
-_URI = "file:///models/iris"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["cache"],
-        ["cache", "fetch"],
-        ["cache", "--quiet", "ls"],
-        ["cache", "ls", "a", "b"],
-        ["cache", "du", "a"],
-        ["cache", "path"],
-        ["cache", "pin"],
-        ["cache", "verify", "--ful"],
-        ["cache", "gc", "--size", "much"],
-        ["cache", "gc", "--grace", "-1"],
-        ["cache", "gc", "--grace", "nan"],
-        ["cache", "export"],
-        ["cache", "import"],
-        ["cache", "import", "s3://bucket/key"],
-        ["cache", "rm", "s3:///x"],
-        ["lock"],
-        ["prefetch"],
-        ["prefetch", "a", "b"],
-        ["download", "--locked"],
-        ["download", "--locked", "models.lock", _URI, "--digest", "0" * 64],
-        ["download", "--locked", "models.lock", "--unpack"],
-        ["download", "--locked", "models.lock", "--dry-run"],
-        ["download", _URI, "--mirror", "s3:///x"],
-        ["download", _URI, "--mirror", _URI, "--dry-run"],
-        ["download", _URI, "--freshness", "sometimes"],
-        ["download", _URI, "--link", "reflink"],
-    ],
-)
-def test_misuse_is_one_line_and_status_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str]
-) -> None:
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("storage: error: ")
-    assert err.endswith("--help\n")
-    assert err.count("\n") == 1
 
 
 def test_a_parcel_and_json_do_not_share_standard_output(command: Command) -> None:

@@ -270,9 +270,7 @@ def test_an_error_of_another_package_is_told_by_a_type_of_ours(
             raise OddError(7, "https://host.example/x?sig=canary")
 
     memory.put_raw("m", b"1")
-    monkeypatch.setattr(
-        storage.client.base, "open_backend", lambda *args: Odd(open_backend(*args))
-    )
+    monkeypatch.setattr(storage.client.base, "open_backend", lambda *args: Odd(open_backend(*args)))
     with pytest.raises(TransferError) as caught:
         client.download([memory.uri("m"), memory.uri("n")])
     assert type(caught.value) is TransferError
