@@ -226,11 +226,6 @@ class Manifests:
         except OSError:
             return 0.0
 
-    def delete(self, manifest_id: str) -> None:
-        """Forget a manifest."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._layout.manifest(manifest_id))
-
     def ids(self) -> Iterator[str]:
         """Yield the ids of all manifests, damaged ones too."""
         for prefix in listed(self._layout.manifests):

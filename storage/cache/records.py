@@ -40,8 +40,7 @@ def write_record(
     value: Mapping[str, Any],
     *,
     durable: bool = False,
-    only_new: bool = False,
-) -> bool:
+) -> None:
     """Put a record at ``path``, replacing the one that is there.
 
     Args:
@@ -49,21 +48,12 @@ def write_record(
         path: where to.
         value: what to write; anything that JSON can hold.
         durable: force it to disk.
-        only_new: leave a whole record alone that is there already.
-
-    Returns:
-        Whether the record was written.
 
     Raises:
         OSError: it cannot be written.
     """
     data = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
     data += b"\n" + hashlib.sha256(data).hexdigest().encode() + b"\n"
-    if only_new:
-        # A torn one is as good as none: it is what is new.
-        with contextlib.suppress(DamagedRecordError):
-            if read_record(path) is not None:
-                return False
     temporary = layout.temporary()
     try:
         with _open_new(temporary) as file:
@@ -87,7 +77,6 @@ def write_record(
             os.unlink(temporary)
     if durable:
         force_name(layout, path)
-    return True
 
 
 def _open_new(path: str) -> BinaryIO:

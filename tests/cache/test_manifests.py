@@ -93,9 +93,6 @@ def test_a_manifest_is_read_as_it_was_written(manifests: Manifests) -> None:
     manifests.save(single)
     assert manifests.load(single.id) == single
     assert set(manifests.ids()) == {RICH.id, single.id}
-    manifests.delete(single.id)
-    manifests.delete(single.id)
-    assert set(manifests.ids()) == {RICH.id}
 
 
 def test_the_digest_of_a_tree_is_known_where_those_of_all_files_are() -> None:

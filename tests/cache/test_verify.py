@@ -153,7 +153,7 @@ def test_a_ref_that_leads_nowhere_is_named(client: StorageClient, source: Source
     uri = source.put_model(MODEL)
     client.download(uri)
     (manifest_id,) = client.cache.upper.manifests.ids()
-    client.cache.upper.manifests.delete(manifest_id)
+    os.unlink(client.cache.upper.layout.manifest(manifest_id))
     problem = only(check(client))
     assert (problem.kind, problem.uris) == ("ref", (uri,))
 
@@ -166,7 +166,7 @@ def test_a_list_of_files_that_nothing_leads_to_is_no_problem(
     (ref,) = client.cache.upper.refs.all()
     large_blob(cache).unlink()
     assert found(client) == ["missing"]
-    client.cache.upper.refs.delete(ref.source)
+    os.unlink(client.cache.upper.refs.path(ref.source))
     assert found(client) == []
 
 
@@ -288,9 +288,9 @@ def test_what_goes_away_meanwhile_is_no_problem(
 
     def evict(manifests: Manifests, manifest_id: str) -> Manifest | None:
         manifest = load(manifests, manifest_id)
-        root.refs.delete(ref.source)
+        os.unlink(root.refs.path(ref.source))
         shutil.rmtree(root.layout.snapshots, ignore_errors=True)
-        root.manifests.delete(manifest_id)
+        os.unlink(root.layout.manifest(manifest_id))
         for file in () if manifest is None else manifest.files:
             Path(root.blobs.path(file.digest)).unlink(missing_ok=True)
         return manifest
