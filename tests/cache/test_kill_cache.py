@@ -181,7 +181,7 @@ def unexpected(number: int, outcome: Outcome) -> list[str]:
     allowed = {
         HOARDER: ("InsufficientSpaceError",),
         EVICTOR: (
-            "what is left is pinned, in use, or was used lately",
+            "what is left is pinned, in use, under way, or was used lately",
             "is not in the cache",
             "is in use by a running process",
         ),
