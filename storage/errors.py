@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 
 __all__ = [
     "AuthenticationError",
@@ -55,9 +56,12 @@ __all__ = [
     "UnreachableError",
     "UnsupportedOperation",
     "UnsupportedScheme",
+    "few",
     "one_line",
     "redact",
 ]
+
+_FEW = 3
 
 # A URL anywhere in a text: user information before the host and everything from the first
 # "?" on may be a credential (SAS tokens and presigned URLs keep theirs in the query).
@@ -95,6 +99,12 @@ def one_line(text: object, limit: int = 300) -> str:
     """Return ``text`` redacted, on one line, cut to ``limit`` characters."""
     line = " ".join(redact(str(text)).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def few(items: Sequence[str]) -> str:
+    """Return the first three of ``items``, and how many more there are."""
+    shown = ", ".join(items[:_FEW])
+    return shown if len(items) <= _FEW else f"{shown} and {len(items) - _FEW} more"
 
 
 class StorageError(Exception):

@@ -25,7 +25,13 @@ from storage.cache.records import (
 from storage.cache.refs import Ref, Refs, Source
 from storage.cache.snapshots import Snapshots
 from storage.digest import ALGORITHMS, Digest
-from storage.errors import ConfigurationError, DestinationError, ModelMissingError, StorageError
+from storage.errors import (
+    ConfigurationError,
+    DestinationError,
+    ModelMissingError,
+    StorageError,
+    few,
+)
 from storage.files import shown, sync, sync_tree, translate_os_errors
 from storage.uri import Location
 
@@ -294,20 +300,18 @@ class ModelCache:
         states = [self.settle(file.digest, file.size) for file in manifest.files]
         for state, kind in ((State.DAMAGED, "damaged"), (State.ABSENT, "part")):
             bad = [
-                file.path
+                repr(file.path)
                 for file, found in zip(manifest.files, states, strict=True)
                 if found is state
             ]
             if not bad:
                 continue
-            names = ", ".join(repr(path) for path in bad[:_SHOWN])
-            names += "" if len(bad) <= _SHOWN else f" and {len(bad) - _SHOWN} more"
             if kind == "damaged":
-                raise CacheShortfallError(f"is cached but damaged: {names}", True)
+                raise CacheShortfallError(f"is cached but damaged: {few(bad)}", True)
             there = len(manifest.files) - len(bad)
             raise CacheShortfallError(
                 f"is cached only in part: {there} of {len(manifest.files)} files are there; "
-                f"missing: {names}"
+                f"missing: {few(bad)}"
             )
 
     def open(self, manifest: Manifest, *, durable: bool = False) -> str:

@@ -14,7 +14,7 @@ from storage.cache.layout import Layout, listed
 from storage.cache.owners import Owner, may_live, new_name
 from storage.files import remove
 
-__all__ = ["dead_size", "new_partial", "remove_dead"]
+__all__ = ["dead_size", "living", "new_partial", "remove_dead"]
 
 _LOCK = "lock"
 
@@ -71,13 +71,22 @@ def dead_size(root: str) -> int:
     return sum(_measure(path)[0] for path in _dead(root, None))
 
 
+def living(root: str) -> Iterator[str]:
+    """Yield the paths of what :func:`remove_dead` would leave: somebody may work at it."""
+    return _with_owners(root, None, alive=True)
+
+
 def _dead(root: str, now: float | None) -> Iterator[str]:
+    return _with_owners(root, now, alive=False)
+
+
+def _with_owners(root: str, now: float | None, *, alive: bool) -> Iterator[str]:
     now = time.time() if now is None else now
     folder = Layout(root).partial
     for name in listed(folder):
         path = os.path.join(folder, name)
         lock = os.path.join(path, _LOCK)
-        if not may_live(Owner.parse(name), lock, partial(_changed, path), now):
+        if may_live(Owner.parse(name), lock, partial(_changed, path), now) == alive:
             yield path
 
 

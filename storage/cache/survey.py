@@ -13,12 +13,11 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 from storage.cache.announce import REMOVED, REMOVING
 from storage.cache.layout import listed
-from storage.cache.owners import Owner, may_live
+from storage.cache.partials import living
 from storage.cache.pins import pin_name
 from storage.cache.records import DamagedRecordError, UnreadableRecordError
 from storage.cache.refs import Ref
@@ -50,7 +49,7 @@ class Survey:
         }
         """Bytes that each snapshot takes beside its blobs."""
 
-        self.partial = _partial_size(root.layout.partial)
+        self.partial = _partial_size(root.path)
         self.manifests: dict[str, frozenset[Digest]] = {}
         """The blobs of each manifest."""
 
@@ -216,7 +215,7 @@ def occupied(cache: ModelCache) -> int:
     return (
         sum(status.st_size for _, status in root.blobs.all())
         + folder_size(root.layout.snapshots)
-        + _partial_size(root.layout.partial)
+        + _partial_size(root.path)
     )
 
 
@@ -247,23 +246,9 @@ def folder_size(path: str, skip: Collection[str] = ()) -> int:
     return size
 
 
-def _partial_size(folder: str) -> int:
+def _partial_size(root: str) -> int:
     """Return the bytes of what living processes work at."""
-    now = time.time()
-    size = 0
-    for name in listed(folder):
-        path = os.path.join(folder, name)
-        lock = os.path.join(path, "lock")
-        if may_live(Owner.parse(name), lock, partial(_changed, path), now):
-            size += folder_size(path, (REMOVING, REMOVED))
-    return size
-
-
-def _changed(path: str) -> float:
-    try:
-        return os.lstat(path).st_ctime
-    except OSError:
-        return 0.0
+    return sum(folder_size(path, (REMOVING, REMOVED)) for path in living(root))
 
 
 def _is_recent(when: float, grace: float) -> bool:

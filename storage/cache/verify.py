@@ -26,7 +26,7 @@ from storage.cache.manifests import Manifest, ManifestFile
 from storage.cache.records import DamagedRecordError, UnreadableRecordError, make_folder_for
 from storage.cache.refs import Ref
 from storage.digest import Digest, hash_file
-from storage.errors import StorageError
+from storage.errors import StorageError, few
 from storage.files import sync
 
 __all__ = ["Kind", "Problem", "Report", "set_aside", "verify"]
@@ -37,7 +37,6 @@ Kind = Literal["blob", "missing", "manifest", "ref", "snapshot", "stray"]
 model is; ``stray``: what does not belong among the blobs."""
 
 _THREADS = 2
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +153,11 @@ class _Check:
     @property
     def _is_upper(self) -> bool:
         return self._root is self._cache.upper
+
+    @property
+    def _roots(self) -> tuple[Root, ...]:
+        """Where what a model of this root needs may be."""
+        return self._cache.roots if self._is_upper else (self._root,)
 
     def _refs(self) -> Iterator[tuple[str, Ref | DamagedRecordError]]:
         """Yield the path of every ref, and the ref or why there is none."""
@@ -276,17 +280,18 @@ class _Check:
 
     def _missing(self, manifest: Manifest) -> tuple[ManifestFile, ...]:
         """Return the files whose blob is nowhere; those found damaged are told by themselves."""
-        roots = self._cache.roots if self._is_upper else (self._root,)
         return tuple(
             file
             for file in manifest.files
-            if file.digest not in self._bad
-            and all(root.blobs.look(file.digest, file.size) is State.ABSENT for root in roots)
+            if file.digest not in self._bad and self._is_nowhere(file)
         )
 
+    def _is_nowhere(self, file: ManifestFile) -> bool:
+        looks = (root.blobs.look(file.digest, file.size) for root in self._roots)
+        return all(state is State.ABSENT for state in looks)
+
     def _has_manifest(self, manifest_id: str) -> bool:
-        roots = self._cache.roots if self._is_upper else (self._root,)
-        return any(os.path.exists(root.layout.manifest(manifest_id)) for root in roots)
+        return any(os.path.exists(root.layout.manifest(manifest_id)) for root in self._roots)
 
     def _confirm(
         self, incomplete: list[tuple[str, tuple[ManifestFile, ...]]], loose: set[str]
@@ -315,16 +320,9 @@ class _Check:
             # One that nothing leads to is never used; it goes when the cache is tidied up.
             if manifest_id not in named or not os.path.exists(path):
                 continue
-            roots = self._cache.roots if self._is_upper else (self._root,)
-            gone = [
-                file.path
-                for file in files
-                if all(root.blobs.look(file.digest, file.size) is State.ABSENT for root in roots)
-            ]
+            gone = [repr(file.path) for file in files if self._is_nowhere(file)]
             if gone:
-                names = ", ".join(map(repr, gone[:_SHOWN]))
-                more = "" if len(gone) <= _SHOWN else f" and {len(gone) - _SHOWN} more"
-                what = f"files are missing: {names}{more}"
+                what = f"files are missing: {few(gone)}"
                 uris = tuple(sorted(named[manifest_id]))
                 self.problems.append(Problem("missing", what, path, uris))
 

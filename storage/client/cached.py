@@ -120,21 +120,18 @@ class CachedDownload:
         except CacheShortfallError as exc:
             if exc.damaged:
                 advice = f"`storage cache repair` or {advice}"
-            raise OfflineError(
-                f"{self._job.location} {exc}; offline nothing is fetched; {advice} "
-                f"(cache: {self._cache.upper.path})"
-            ) from exc
+            raise self._not_here(f"{exc};", advice) from exc
         pending = self._cache.upper.refs.pending(self._source)
         if pending is not None:
             there = sum(self._has(key, (), None) is not None for key in pending.keys)
-            raise OfflineError(
-                f"{self._job.location} is cached only in part: {there} of {pending.files} files "
-                f"are there; offline nothing is fetched; {advice} "
-                f"(cache: {self._cache.upper.path})"
-            )
-        raise OfflineError(
-            f"{self._job.location} was never cached with these filters, and offline nothing is "
-            "fetched; download it once while the store can be reached "
+            what = f"is cached only in part: {there} of {pending.files} files are there;"
+            raise self._not_here(what, advice)
+        advice = "download it once while the store can be reached"
+        raise self._not_here("was never cached with these filters, and", advice)
+
+    def _not_here(self, what: str, advice: str) -> OfflineError:
+        return OfflineError(
+            f"{self._job.location} {what} offline nothing is fetched; {advice} "
             f"(cache: {self._cache.upper.path})"
         )
 
@@ -248,7 +245,7 @@ class CachedDownload:
                 job.progress(progress)
 
         meter = Meter("download", plan.uri, plan.size, len(plan.files), report)
-        keys = {file.path: self._key(file.info) for file in plan.files}
+        keys = [self._key(file.info) for file in plan.files]
         known = {file.path: self._known(file, plan.is_tree) for file in plan.files}
         files = {
             path: ManifestFile(path, found.size, found.digest, found.others)
@@ -264,7 +261,7 @@ class CachedDownload:
         # Not at the top: a process that finds its model should not import what fetches one.
         from storage.cache.filling import Filling
 
-        with Filling(self._cache, self._source, keys.values(), durable=job.durable) as filling:
+        with Filling(self._cache, self._source, keys, durable=job.durable) as filling:
             check_space(filling.folder, size)
             lock = threading.Lock()
 

@@ -13,7 +13,7 @@ from storage.client.lockfile import LockedFile, LockedModel, LockFile, lockable,
 from storage.client.parallel import map_parallel
 from storage.client.sources import agreed_digest, fitting_configs
 from storage.digest import hash_file
-from storage.errors import IntegrityError, InvalidInput, one_line
+from storage.errors import IntegrityError, InvalidInput, few, one_line
 from storage.files import translate_os_errors
 from storage.transfer.plan import Patterns, Plan
 from storage.uri import Location, parse_uri
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["download_locked", "download_model", "make_lock"]
 
 _HASHING_THREADS = 2
-_SHOWN = 3
 
 
 # -- making ----------------------------------------------------------------------------------
@@ -217,5 +216,4 @@ def _compare(model: LockedModel, plan: Plan) -> list[str]:
 
 
 def _listed(paths: Sequence[str]) -> str:
-    shown = ", ".join(one_line(path, 80) for path in sorted(paths)[:_SHOWN])
-    return f"{shown} and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else shown
+    return few([one_line(path, 80) for path in sorted(paths)])
