@@ -25,7 +25,8 @@ may give a backend whose bucket does not exist.
 What a store cannot do is declared in ``exceptions``: the name of a test, with the id of its
 parameters where only that case is meant, and the reason. Such a test has to fail, so a
 declaration that is no longer true is found; and it has to fail with an assertion, an error
-of this library or an ``OSError`` (out of ``raw``), so a crash is not taken for it.
+of this library or an ``OSError`` (out of ``raw``), so a crash is not taken for it. A fault of a
+server that comes and goes, such as a race within it, is declared with :class:`Sometimes`.
 """
 
 from __future__ import annotations
@@ -49,14 +50,29 @@ from storage.testing.conformance_read import Reading  # noqa: E402
 from storage.testing.conformance_support import Raw  # noqa: E402
 from storage.testing.conformance_write import Conditions, Writing  # noqa: E402
 
-__all__ = ["BackendConformance", "Raw"]
+__all__ = ["BackendConformance", "Raw", "Sometimes"]
+
+
+class Sometimes(str):
+    """The reason of an exception whose test may also pass: the store fails it by chance.
+
+    Nobody notices when such a declaration is no longer true, so it is only for what depends on
+    timing within the store::
+
+        exceptions: ClassVar = {
+            "test_of_many_creators_one_wins": Sometimes("two at once make my store answer 500"),
+        }
+    """
+
+    __slots__ = ()
 
 
 class BackendConformance(Reading, Writing, Conditions, Keys):
     """Every sentence of :class:`~storage.backends.base.Backend`, as tests.
 
     Attributes:
-        exceptions: tests that this store cannot pass, each with the reason.
+        exceptions: tests that this store cannot pass, each with the reason; a
+            :class:`Sometimes` where it passes now and then.
         count: keys under one prefix in the test of many keys; more than one page of any
             store's listing.
         large: bytes of a payload that has to go in parts.
@@ -92,7 +108,8 @@ class BackendConformance(Reading, Writing, Conditions, Keys):
         reason = self.exceptions.get(request.node.name, self.exceptions.get(test))
         if reason is not None:
             expected = (AssertionError, StorageError, OSError, pytest.fail.Exception)
-            mark = pytest.mark.xfail(reason=reason, raises=expected, strict=True)
+            strict = not isinstance(reason, Sometimes)
+            mark = pytest.mark.xfail(reason=reason, raises=expected, strict=strict)
             request.node.add_marker(mark)
 
     def test_declared_exceptions_name_tests(self) -> None:
