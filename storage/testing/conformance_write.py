@@ -181,7 +181,9 @@ class Writing(Scenario):
         backend.write("a", bytes_payload(b"12345"), metadata={"sha256": "see the model card"})
         info = backend.stat("a")
         assert info.metadata["sha256"] == "see the model card"
-        assert not [digest for digest in info.digests if digest.algorithm == "sha256"]
+        # The store may know the real one by itself.
+        real = Digest("sha256", hashlib.sha256(b"12345").hexdigest())
+        assert {digest for digest in info.digests if digest.algorithm == "sha256"} <= {real}
 
     @needs("write")
     def test_reader_sees_old_or_new_while_a_writer_overwrites(self, backend: Backend) -> None:

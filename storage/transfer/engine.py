@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,9 +33,12 @@ LARGE_WRITE = 8 * _MIB
 Task = Callable[[threading.Event], None]
 
 _FIRST_THREADS = 4
-_RAMP_INTERVAL = 0.15
+_LOOK = 0.05
+# Bytes a second of one connection below which the network bounds it, and nothing here.
+_SLOW = 16 * _MIB
+_RAMP_LOOKS = 3
 _RAMP_GAIN = 1.1
-_RAMP_RETRY = 10
+_RAMP_RETRY = 30
 _NAP = 1.0
 
 
@@ -91,7 +95,8 @@ def run_tasks(
         limit: threads at most.
         moved: tells the bytes moved so far. Given for tasks that take long, it makes the
             threads begin as a few and double as long as that moves more bytes a second:
-            beyond that point connections only fight over the processors.
+            beyond that point connections only fight over the processors. They double at once
+            while each moves so little that it is the network that they wait for.
     """
     cancel = threading.Event()
     lock = threading.Lock()
@@ -123,7 +128,10 @@ def run_tasks(
 
         with ThreadPoolExecutor(threads, thread_name_prefix="storage") as pool:
             try:
-                _run_threads(lambda: pool.submit(work), threads, moved)
+                # What happens in a thread is told of the transfer (and the span) that began it.
+                _run_threads(
+                    lambda: pool.submit(contextvars.copy_context().run, work), threads, moved
+                )
             finally:
                 # On an interrupt: let the threads stop at their next buffer.
                 cancel.set()
@@ -164,19 +172,24 @@ def _run_threads(
     first = threads if moved is None else min(threads, _FIRST_THREADS)
     futures = [start() for _ in range(first)]
     if moved is not None:
-        best, before, quiet = 0, moved(), 0
+        best = looks = 0
+        seen = mark = moved()
         while len(futures) < threads:
-            _, running = wait(futures, _RAMP_INTERVAL)
+            _, running = wait(futures, _LOOK)
             if not running:
                 return
+            looks += 1
             now = moved()
-            rate, before = now - before, now
-            quiet += 1
-            # After a plateau another try is due now and then: the link may have changed.
-            if rate > best * _RAMP_GAIN or quiet >= _RAMP_RETRY:
-                quiet = 0
+            # What waits for the network does not wait longer for more of its kind.
+            more = now - seen < len(futures) * _SLOW * _LOOK
+            seen = now
+            if looks % _RAMP_LOOKS == 0:
+                # After a plateau another try is due now and then: the link may have changed.
+                more = more or now - mark > best * _RAMP_GAIN or looks >= _RAMP_RETRY
+                best, mark = max(best, now - mark), now
+            if more:
+                looks, mark = 0, now
                 futures += [start() for _ in range(min(len(futures), threads - len(futures)))]
-            best = max(best, rate)
     # An interrupt that comes just before a thread falls asleep does not wake it.
     while wait(futures, _NAP).not_done:
         pass

@@ -13,14 +13,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from storage.errors import InvalidInput, ModelMissingError, UnsupportedOperation
+from storage.transfer.engine import PART_GRANULE
 from storage.uri import Location
 
 if TYPE_CHECKING:
     from storage.backends.base import Backend, ByteRange, ObjectInfo
 
-__all__ = ["Patterns", "Plan", "PlannedFile", "local_paths", "make_plan", "resolve", "split"]
+__all__ = [
+    "Patterns",
+    "Plan",
+    "PlannedFile",
+    "even_part",
+    "local_paths",
+    "make_plan",
+    "resolve",
+    "split",
+]
 
 _MAX_NAME = 255
+_LEAST_PART = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,3 +245,26 @@ def split(size: int, part_size: int) -> list[ByteRange]:
     from storage.backends.base import ByteRange
 
     return [ByteRange(start, min(start + part_size, size)) for start in range(0, size, part_size)]
+
+
+def even_part(total: int, part_size: int, connections: int) -> int:
+    """Return the size of parts by which connections that are equally fast end together.
+
+    Each connection gets the same number of parts, at least two of them, as long as parts have
+    4 MiB: below that, the wait for an answer costs more than the connection gives.
+
+    Args:
+        total: bytes of the whole transfer.
+        part_size: bytes of the largest part.
+        connections: requests under way at once.
+
+    Returns:
+        Bytes, a multiple of ``PART_GRANULE``; at most ``part_size``.
+    """
+    least = min(_LEAST_PART, part_size)
+    if total >= 2 * connections * least:
+        rounds = max(2, -(-total // (connections * part_size)))
+    else:
+        rounds = 1
+    part = -(-total // (rounds * connections))
+    return min(part_size, max(least, -(-part // PART_GRANULE) * PART_GRANULE))

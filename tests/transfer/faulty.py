@@ -1,4 +1,4 @@
-"""A store that breaks in every way that a network and careless neighbours can."""
+"""Stores that say little, or break in one way that a test chooses."""
 
 from __future__ import annotations
 
@@ -17,76 +17,7 @@ from storage.backends.base import (
     bytes_payload,
 )
 from storage.errors import TransientError
-from tests.transfer.support import KIB, Wrapped
-
-FAULTS = ("truncate", "reset", "refuse", "flip", "extra", "replace", "resize", "delete")
-
-
-class Faulty(Wrapped):
-    """Decides by its seed which reads go wrong, how, and where in the body.
-
-    ``versions`` holds every content that an object has had.
-    """
-
-    def __init__(
-        self, inner: Backend, seed: int, faults: tuple[str, ...], probability: float = 0.3
-    ) -> None:
-        super().__init__(inner)
-        self._random = random.Random(seed)
-        self._lock = threading.Lock()
-        self._faults = faults
-        self._probability = probability
-        self.happened: list[str] = []
-        self.versions: dict[str, list[bytes]] = {}
-        for info in inner.list():
-            self._note(info.key)
-
-    def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
-        with self._lock:
-            fault = None
-            if self._random.random() < self._probability:
-                fault = self._random.choice(self._faults)
-                self.happened.append(fault)
-            where = self._random.random()
-        if fault == "refuse":
-            raise TransientError(f"{key}: 503 of the test")
-        body = self.inner.read(key, span, pin)
-        data = b"".join(bytes(chunk) for chunk in body)
-        return Body(body.info, self._chunks(key, data, fault, int(where * len(data))))
-
-    def _chunks(self, key: str, data: bytes, fault: str | None, at: int) -> Iterator[Buffer]:
-        if fault == "flip" and data:
-            data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-        if fault == "extra":
-            data += b"!"
-        yield from _pieces(data[:at])
-        if fault == "truncate":
-            return
-        if fault == "reset":
-            raise TransientError(f"{key}: reset by the test")
-        if fault in ("replace", "resize", "delete"):
-            self._change(key, fault)
-        yield from _pieces(data[at:])
-
-    def _change(self, key: str, fault: str) -> None:
-        with self._lock:
-            if fault == "delete":
-                self.inner.delete([key])
-                return
-            old = self.versions[key][-1]
-            size = len(old) + (0 if fault == "replace" else self._random.randrange(1, 1000))
-            self.inner.write(key, bytes_payload(self._random.randbytes(size)))
-            self._note(key)
-
-    def _note(self, key: str) -> None:
-        with self.inner.read(key) as body:
-            content = b"".join(bytes(chunk) for chunk in body)
-        self.versions.setdefault(key, []).append(content)
-
-
-def _pieces(data: bytes) -> Iterator[bytes]:
-    for start in range(0, len(data), 10 * KIB):
-        yield data[start : start + 10 * KIB]
+from tests.transfer.support import Wrapped
 
 
 class Poor(Wrapped):

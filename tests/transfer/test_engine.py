@@ -213,13 +213,24 @@ def test_more_threads_that_move_no_more_bytes_are_not_added() -> None:
     def steady() -> int:
         nonlocal looks
         looks += 1
-        if looks == 5:
+        if looks == 12:
             done.set()
-        return looks * 1000
+        # Of every look: so much that nobody waits for a network.
+        return looks * 10**9
 
     run_tasks([task] * 16, Budget(16), 16, steady)
     # The first rate is compared with nothing, so one doubling is allowed.
     assert len(names) <= 8
+
+
+def test_threads_that_wait_for_a_slow_link_are_all_begun_at_once() -> None:
+    everyone = threading.Barrier(16)
+
+    def task(_: threading.Event) -> None:
+        everyone.wait(WAIT)
+
+    # Not a byte more, however many there are.
+    run_tasks([task] * 16, Budget(16), 16, lambda: 0)
 
 
 def test_a_budget_is_free_again_after_an_error_inside_it() -> None:

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from storage.backends.base import ByteRange, ObjectInfo, bytes_payload
 from storage.errors import InvalidInput, ModelMissingError
+from storage.transfer.engine import PART_GRANULE
 from storage.transfer.plan import (
     Patterns,
     Plan,
     PlannedFile,
+    even_part,
     local_paths,
     make_plan,
     resolve,
@@ -24,6 +26,7 @@ from storage.uri import Location
 from tests.transfer.support import assert_clear, memory_bucket
 
 ALL = Patterns()
+MIB = 1024 * 1024
 
 
 def at(key: str, version: str | None = None) -> Location:
@@ -125,6 +128,27 @@ def test_an_object_of_exactly_one_part_is_one_part() -> None:
     assert split(100, 100) == [ByteRange(0, 100)]
     assert split(101, 100) == [ByteRange(0, 100), ByteRange(100, 101)]
     assert split(0, 100) == []
+
+
+@given(st.integers(1, 1 << 40), st.integers(1, 512), st.integers(1, 64))
+def test_connections_get_even_parts(total: int, granules: int, connections: int) -> None:
+    most = granules * PART_GRANULE
+    part = even_part(total, most, connections)
+    assert part % PART_GRANULE == 0
+    assert min(most, 4 * MIB) <= part <= most
+    if total > connections * part:
+        # The last one may be short of a granule for each of the others.
+        rounds = -(-total // (connections * part))
+        assert rounds * connections * (part - PART_GRANULE) < total or part in (most, 4 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("mib", "connections", "parts"),
+    [(6, 16, 2), (64, 16, 16), (64, 4, 8), (130, 16, 32), (1024, 16, 32), (1100, 16, 48)],
+)
+def test_no_connection_is_left_alone_with_a_part(mib: int, connections: int, parts: int) -> None:
+    size = mib * MIB
+    assert len(split(size, even_part(size, 32 * MIB, connections))) == parts
 
 
 # -- patterns ------------------------------------------------------------------------------
