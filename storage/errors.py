@@ -32,8 +32,11 @@ line and holds no secret and no query string; :func:`redact` and :func:`one_line
 from __future__ import annotations
 
 import errno
+import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from urllib.parse import quote, unquote
 
 __all__ = [
     "AuthenticationError",
@@ -56,6 +59,8 @@ __all__ = [
     "UnreachableError",
     "UnsupportedOperation",
     "UnsupportedScheme",
+    "conceal",
+    "conceal_causes",
     "few",
     "one_line",
     "redact",
@@ -78,15 +83,105 @@ _HEADER = re.compile(
 )
 
 
+# Credentials that this process uses, in the order in which they were met, and how many of them
+# are remembered: tokens come and go. Shorter ones may be words.
+_met: dict[str, None] = {}
+_meeting = threading.Lock()
+# The same, the longest first: one may be a part of another.
+_concealed: tuple[str, ...] = ()
+_MOST_CONCEALED = 500
+_SHORTEST_CONCEALED = 8
+
+
+def conceal(*secrets: str) -> None:
+    """Let :func:`redact` leave ``secrets`` out wherever they turn up, quoted or not.
+
+    What a store, a proxy or an SDK says back of a credential has no form by which it could be
+    told from any other text. Of what holds credentials (a SAS, a connection string, the key of
+    a service account) they alone are concealed, too.
+    """
+    global _concealed
+    forms = {
+        form
+        for secret in secrets
+        for part in _credentials_in(secret)
+        # Variables may hold bytes that are no text.
+        for form in (part, quote(part, safe="", errors="surrogatepass"), unquote(part))
+        if len(form) >= _SHORTEST_CONCEALED
+    }
+    with _meeting:
+        for form in forms:
+            _met.pop(form, None)
+            _met[form] = None
+        while len(_met) > _MOST_CONCEALED:
+            del _met[next(iter(_met))]
+        _concealed = tuple(sorted(_met, key=len, reverse=True))
+
+
+def _after_fork() -> None:
+    # Whoever held it is not in the child.
+    global _meeting
+    _meeting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _credentials_in(secret: str) -> Iterator[str]:
+    yield secret
+    yield from re.findall(r"(?i)\b(?:sig|accountkey|sharedaccesssignature)=([^;&\s]+)", secret)
+    if "PRIVATE KEY" in secret:
+        yield from re.findall(r"[A-Za-z0-9+/=]{40,}", secret.replace("\\n", "\n"))
+
+
 def redact(text: str) -> str:
     """Return ``text`` with what may be a credential in it replaced by ``…``.
 
-    User information and queries of URLs go, and the values of headers and fields that carry
-    credentials. The pins ``?versionId=`` and ``?generation=`` stay: they identify an object.
+    User information and queries of URLs go, the values of headers and fields that carry
+    credentials, and what :func:`conceal` was told. The pins ``?versionId=`` and
+    ``?generation=`` stay: they identify an object.
     """
+    for secret in _concealed:
+        if secret in text:
+            text = text.replace(secret, "…")
     text = _USERINFO.sub(r"\1…@", text)
     text = _QUERY.sub(_keep_pins, text)
     return _HEADER.sub(r"\1\2\3…", text)
+
+
+class _RedactedError(Exception):
+    """Stands for an exception of another library, in its words without the credentials."""
+
+
+def conceal_causes(error: BaseException) -> None:
+    """Let no cause of ``error`` tell a credential, for it is printed with its causes.
+
+    Causes are exceptions of SDKs, which may hold requests and answers whole. One that tells
+    nothing stays as it is; another one is replaced by its redacted text.
+    """
+    seen = set()
+    left = [error]
+    while left:
+        found = left.pop()
+        seen.add(id(found))
+        for name in ("__cause__", "__context__"):
+            below = getattr(found, name)
+            if below is None or id(below) in seen:
+                continue
+            text = "\n".join(map(str, (below, below.args, vars(below))))
+            if redact(text) != text:
+                kind = type(below)
+                stand_in = _RedactedError(
+                    f"{kind.__module__}.{kind.__name__}: {redact(str(below))}"
+                )
+                stand_in.__cause__, stand_in.__context__ = below.__cause__, below.__context__
+                suppressed = found.__suppress_context__
+                for each in ("__cause__", "__context__"):
+                    if getattr(found, each) is below:
+                        setattr(found, each, stand_in.with_traceback(below.__traceback__))
+                found.__suppress_context__ = suppressed
+                below = stand_in
+            left.append(below)
 
 
 def _keep_pins(match: re.Match[str]) -> str:
@@ -213,10 +308,27 @@ class TransientError(TransferError):
     plain :class:`TransferError`.
     """
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        """Keep the ``message`` and the seconds that the store asked to wait, if it did."""
+    def __init__(
+        self,
+        message: str,
+        retry_after: float | None = None,
+        *,
+        throttled: bool = False,
+        stalled: bool = False,
+    ) -> None:
+        """Keep what is known of the failure.
+
+        Args:
+            message: what happened.
+            retry_after: seconds that the store asked to wait (``Retry-After``), if it did.
+            throttled: whether the store says that it is asked too often (429, ``SlowDown``,
+                ``ServerBusy``): then nobody comes back at once, whatever was not said.
+            stalled: whether the connection was there and nothing came over it for too long.
+        """
         super().__init__(message)
         self.retry_after = retry_after
+        self.throttled = throttled
+        self.stalled = stalled
         self.spent = False
         """Whether it was repeated already, as often as the policy allows."""
 

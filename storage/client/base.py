@@ -97,7 +97,9 @@ class ClientBase:
             backend = self._backends.get(key)
             if backend is None:
                 from storage.backends.base import OpenOptions
+                from storage.client.secrets import conceal_credentials
 
+                conceal_credentials(location, config)
                 options = OpenOptions(
                     transfer.connections,
                     transfer.connect_timeout,
@@ -161,13 +163,19 @@ class ClientBase:
         """Sizes and retries of this client's transfers."""
         if self._options is None:
             from storage.transfer.engine import PART_GRANULE, TransferOptions
-            from storage.transfer.retry import RetryPolicy
+            from storage.transfer.retry import RetryBudget, RetryPolicy
 
             transfer = self.settings.transfer
             self._options = TransferOptions(
                 transfer.connections,
                 -(-transfer.part_size // PART_GRANULE) * PART_GRANULE,
-                RetryPolicy(transfer.attempts, transfer.retry_timeout),
+                RetryPolicy(
+                    transfer.attempts,
+                    transfer.retry_timeout,
+                    transfer.retry_wait,
+                    wait_throttled=transfer.throttle_wait,
+                    budget=RetryBudget(transfer.retry_budget),
+                ),
                 transfer.memory,
             )
         return self._options
@@ -184,18 +192,22 @@ class ClientBase:
                 self._budget = Budget(connections_at(transfer.limit_rate, transfer.connections))
             return self._budget
 
-    def run_retried(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a short operation of a backend, and again if it failed for a passing reason."""
-        return self.transfer_options.retry.run(partial(function, *args))
+    def run_retried(self, function: Callable[..., T], *args: Any, where: str = "") -> T:
+        """Call a short operation of a backend, and again if it failed for a passing reason.
+
+        ``where`` is the URI that it is about, for events.
+        """
+        return self.transfer_options.retry.run(partial(function, *args), where=where)
 
 
 _instances: weakref.WeakSet[ClientBase] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    # The thread that held one does not exist in the child.
+    # The thread that held a lock does not exist in the child; the retry budget has one, too.
     for client in _instances:
         client._lock = threading.Lock()
+        client._options = None
 
 
 os.register_at_fork(after_in_child=_after_fork)

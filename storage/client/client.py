@@ -13,9 +13,10 @@ from storage.client.offline import Offline
 from storage.config.freshness import Freshness
 from storage.digest import Digest
 from storage.errors import InvalidInput, ObjectExistsError, UnsupportedOperation
+from storage.transfer import events
 from storage.transfer.plan import Patterns, Plan, make_plan, resolve
 from storage.transfer.progress import Meter, ProgressCallback
-from storage.uri import parse_uri
+from storage.uri import Location, parse_uri
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -233,7 +234,8 @@ class StorageClient(ClientBase):
         """Return what :meth:`download` would fetch, and fetch nothing."""
         location = parse_uri(uri)
         patterns = Patterns(allow_patterns, ignore_patterns)
-        return self.run_retried(make_plan, self.backend(location, config), location, patterns)
+        backend = self.backend(location, config)
+        return self.run_retried(make_plan, backend, location, patterns, where=str(location))
 
     # -- uploads -----------------------------------------------------------------------------
 
@@ -250,12 +252,24 @@ class StorageClient(ClientBase):
     ) -> bool:
         """Store a file or a folder; see :meth:`storage.Storage.upload`."""
         location = writable(parse_uri(uri))
-        source = os.fspath(src)
+        patterns = Patterns(allow_patterns, ignore_patterns)
+        with events.transfer("upload", str(location)):
+            return self._upload(os.fspath(src), location, config, overwrite, patterns, progress)
+
+    def _upload(
+        self,
+        source: str,
+        location: Location,
+        config: Any,
+        overwrite: bool,
+        patterns: Patterns,
+        progress: ProgressCallback | None,
+    ) -> bool:
         # Here and below: a process that finds its model in the cache should not import what
         # only the others need.
         from storage.transfer.upload import SourceFile, scan, upload
 
-        is_tree, files = scan(source, Patterns(allow_patterns, ignore_patterns))
+        is_tree, files = scan(source, patterns)
         prefix = location.prefix if is_tree or location.forces_tree else None
         backend = self.backend(location, config)
         if not backend.capabilities.write:
@@ -270,8 +284,8 @@ class StorageClient(ClientBase):
                 f"{location} holds objects already and overwrite=False; choose another name"
             )
 
-        def key_of(file: SourceFile) -> str:
-            return location.key if prefix is None else location.child(file.path).key
+        def place(file: SourceFile) -> Location:
+            return location if prefix is None else location.child(file.path)
 
         meter = Meter(
             "upload", str(location), sum(file.size for file in files), len(files), progress
@@ -279,7 +293,8 @@ class StorageClient(ClientBase):
         upload(
             backend,
             files,
-            key_of,
+            lambda file: place(file).key,
+            where=lambda file: str(place(file)),
             options=self.transfer_options,
             budget=self.budget,
             meter=meter,
@@ -308,14 +323,15 @@ class StorageClient(ClientBase):
             skip = len(location.prefix)
             return sorted(((info.key[skip:], info) for info in found), key=lambda item: item[0])
 
-        return self.run_retried(collect)
+        return self.run_retried(collect, where=str(location))
 
     def get_object_metadata(
         self, uri: str | os.PathLike[str], *, config: Any = None
     ) -> dict[str, Any]:
         """Describe an object or a tree; see :meth:`storage.StorageOperations`."""
         location = parse_uri(uri)
-        is_tree, found = self.run_retried(self.resolve_all, location, config)
+        where = str(location)
+        is_tree, found = self.run_retried(self.resolve_all, location, config, where=where)
         if not is_tree:
             return {"uri": str(location), "type": "object"} | _describe(found[0])
         modified = [info.modified for info in found if info.modified is not None]
@@ -336,7 +352,8 @@ class StorageClient(ClientBase):
     ) -> bool:
         """Delete an object or a tree; see :meth:`storage.StorageOperations.delete_object`."""
         location = writable(parse_uri(uri))
-        is_tree, found = self.run_retried(self.resolve_all, location, config)
+        where = str(location)
+        is_tree, found = self.run_retried(self.resolve_all, location, config, where=where)
         if is_tree and not recursive:
             raise InvalidInput(
                 f"{location} is a tree of {len(found)} objects; "
@@ -345,7 +362,7 @@ class StorageClient(ClientBase):
         backend = self.backend(location, config)
         if not backend.capabilities.delete:
             raise UnsupportedOperation(f"{location}: {backend.name} cannot delete")
-        self.run_retried(backend.delete, [info.key for info in found])
+        self.run_retried(backend.delete, [info.key for info in found], where=where)
         return True
 
     def copy_object(
@@ -363,7 +380,8 @@ class StorageClient(ClientBase):
             dest_config = config
         from storage.client.copy import Copy
 
-        Copy(self, source, target, config, dest_config, progress).run()
+        with events.transfer("copy", str(source)):
+            Copy(self, source, target, config, dest_config, progress).run()
         return True
 
     # -- files -------------------------------------------------------------------------------
@@ -378,10 +396,11 @@ class StorageClient(ClientBase):
         if location.forces_tree:
             raise InvalidInput(f"{location} names a tree; only an object can be opened")
         if mode == "rb":
-            info = self.run_retried(backend.stat, location.key, location.version)
+            where = str(location)
+            info = self.run_retried(backend.stat, location.key, location.version, where=where)
             from storage.transfer.reader import open_reader
 
-            return open_reader(backend, info, retry, str(location))
+            return open_reader(backend, info, retry, where)
         if mode in ("wb", "xb"):
             writable(location)
             from storage.transfer.writer import open_writer

@@ -13,6 +13,7 @@ from storage.errors import InvalidInput, ObjectChangedError, UnsupportedOperatio
 from storage.transfer.copy import Source, stream_copy
 from storage.transfer.engine import run_by_size, run_tasks
 from storage.transfer.progress import Meter, ProgressCallback
+from storage.transfer.sending import send_items
 from storage.uri import Location
 
 if TYPE_CHECKING:
@@ -98,16 +99,23 @@ class Copy:
             return
         run_by_size(tasks, budget, self._client.transfer_options.memory)
 
-    def _copy(self, info: ObjectInfo, key: str, meter: Meter, _: threading.Event) -> None:
+    def _copy(self, info: ObjectInfo, key: str, meter: Meter, cancel: threading.Event) -> None:
         if not (self._by_store and self._copied_by_store(info, key, meter)):
-            self._streamed(info, key, meter)
+            self._streamed(info, key, meter, cancel)
         meter.add_object()
 
-    def _streamed(self, info: ObjectInfo, key: str, meter: Meter) -> None:
+    def _streamed(self, info: ObjectInfo, key: str, meter: Meter, cancel: threading.Event) -> None:
         options = self._client.transfer_options
         for again in range(_RESTARTS, -1, -1):
             try:
-                stream_copy(self._read(info), self._backend, key, options=options, meter=meter)
+                stream_copy(
+                    self._read(info),
+                    self._backend,
+                    key,
+                    options=options,
+                    meter=meter,
+                    cancel=cancel,
+                )
             except ObjectChangedError:
                 if not again or self._source.version is not None:
                     raise
@@ -133,12 +141,7 @@ class Copy:
             meter.add_present(sum(info.size or 0 for info, _ in pairs))
         else:
             items = [self._read(info).item(backend, key) for info, key in pairs]
-
-            def attempt() -> None:
-                with meter.attempt() as count:
-                    backend.write_many(items, on_bytes=count)
-
-            self._client.run_retried(attempt)
+            send_items(backend, items, self._client.transfer_options.retry, meter)
         for _ in pairs:
             meter.add_object()
 

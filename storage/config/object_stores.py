@@ -34,6 +34,7 @@ from storage.config.base import (
 __all__ = ["AzureConfig", "GCSConfig", "S3Config"]
 
 Driver = Literal["obstore", "fsspec"]
+UploadChecksum = Literal["auto", "sha256", "crc64nvme", "md5", "off"]
 
 _REGION = Default("us-east-1")
 
@@ -101,6 +102,13 @@ class S3Config(NetworkConfig):
     copy_part_limit: int = Field(default=5 * 1024**3, gt=0)
     """Bytes above which the store copies an object in parts only: 5 GiB on AWS."""
 
+    upload_checksum: UploadChecksum = "auto"
+    """How an upload is protected, beside the signature. ``sha256`` and ``crc64nvme`` are sent
+    along, checked by the store and kept with the object; ``auto`` is ``crc64nvme`` on AWS and
+    ``sha256`` with an endpoint. ``md5`` sends none and compares the ETags of the answers, for
+    stores that check nothing; ``off`` does neither. A single request's ETag is compared anyway,
+    unless ``off``."""
+
     driver: Driver | None = None
     """Who talks to the store; ``None`` chooses by config and operation."""
 
@@ -129,6 +137,7 @@ class S3Config(NetworkConfig):
         use_accelerate: bool | None = None,
         metadata_endpoint: str | None = None,
         copy_part_limit: int | None = None,
+        upload_checksum: UploadChecksum | None = None,
         driver: Driver | None = None,
         **unknown: Never,
     ) -> None:

@@ -107,6 +107,10 @@ class HTTPConfig(NetworkConfig):
     insecure_redirects: bool = False
     """Whether a redirection from https to http is followed."""
 
+    verify_uploads: bool | None = None
+    """Whether what a server stored is compared with what was sent: by what it says of it, else
+    by reading it back. Unset: read back over plain http only. Off: not even compared."""
+
     def __init__(
         self,
         /,
@@ -122,6 +126,7 @@ class HTTPConfig(NetworkConfig):
         proxy: Text | None = None,
         max_redirects: int | None = None,
         insecure_redirects: bool | None = None,
+        verify_uploads: bool | None = None,
         connect_timeout: float | None = None,
         read_timeout: float | None = None,
         **unknown: Never,

@@ -148,6 +148,9 @@ class PlainTransfer:
     part_size: int = 32 * _MIB
     attempts: int = 5
     retry_timeout: float = 300.0
+    retry_wait: float = 0.2
+    throttle_wait: float = 2.0
+    retry_budget: int = 100
     connect_timeout: float = 10.0
     stall_timeout: float = 30.0
     limit_rate: int | None = None

@@ -83,7 +83,19 @@ class TransferSettings(StrictModel):
     """Attempts for one range or request, the first included."""
 
     retry_timeout: Seconds = PlainTransfer.retry_timeout
-    """Seconds that the attempts for one range may take together."""
+    """Seconds that the attempts for one range may take together, counted from the last progress;
+    a store that asks to wait longer is not asked again."""
+
+    retry_wait: Seconds = PlainTransfer.retry_wait
+    """Seconds before the second attempt; they double for each further one, up to 10."""
+
+    throttle_wait: Seconds = PlainTransfer.throttle_wait
+    """Seconds before the second attempt if the store is asked too often and does not say how
+    long to wait; they double likewise."""
+
+    retry_budget: int = Field(default=PlainTransfer.retry_budget, ge=1)
+    """Repeated attempts, over all transfers of a client, that may go before those that work:
+    each of these gives one back, and so does each second."""
 
     connect_timeout: Seconds = PlainTransfer.connect_timeout
     """Seconds for a connection to be made."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from storage.backends.base import Backend, BatchItem, Body, Buffer, ObjectInfo, Payload
 from storage.digest import Digest, MultiHasher
-from storage.errors import AuthenticationError, IntegrityError, ModelMissingError
+from storage.errors import AuthenticationError, IntegrityError, ModelMissingError, StorageError
 from storage.transfer.engine import TransferOptions
 from storage.transfer.progress import Meter
-from storage.transfer.reader import open_reader
+from storage.transfer.reader import can_go_on, open_reader
 from storage.transfer.retry import RetryPolicy
-from storage.transfer.upload import write_item
+from storage.transfer.sending import send_item
 from storage.transfer.verify import algorithms_for, check_digests
 
 __all__ = ["Source", "stream_copy"]
@@ -60,6 +63,11 @@ class Source:
         self._where = where
         self._retry = retry
         self._expected = expected
+        self._kept: tuple[Digest, ...] = ()
+        if origin.capabilities.checksums and not (self.info.digests or self.info.hint):
+            # Without them the object is what it would be in a store that keeps none.
+            with contextlib.suppress(StorageError):
+                self._kept = retry.run(partial(origin.checksums, self.info), where=where)
 
     def item(self, target: Backend, key: str) -> BatchItem:
         """Return what to write to ``key`` of ``target``."""
@@ -71,7 +79,7 @@ class Source:
 
     def _open(self) -> io.BufferedReader:
         reader: io.RawIOBase | io.BufferedReader
-        if self.info.size is None:
+        if not can_go_on(self.info):
             reader = _Arriving(self._origin.read(self.info.key))
         else:
             reader = open_reader(self._origin, self.info, self._retry, self._where)
@@ -84,7 +92,7 @@ class Source:
             IntegrityError: the bytes are wrong.
         """
         found: dict[str, Digest] = hasher.digests()
-        doubt = check_digests(self._where, self.info, found, self._expected)
+        doubt = check_digests(self._where, self._vouched, found, self._expected)
         if doubt is not None and self._origin.is_digest(self.info):
             raise IntegrityError(
                 f"{self._where}: the store's ETag says {doubt}, the bytes that arrived are "
@@ -94,22 +102,33 @@ class Source:
     def hasher(self) -> MultiHasher:
         """Return a hasher for what ``verify`` compares."""
         wanted = () if self._expected is None else (self._expected.algorithm,)
-        return MultiHasher(algorithms_for(self.info, wanted))
+        return MultiHasher(algorithms_for(self._vouched, wanted))
+
+    @property
+    def _vouched(self) -> ObjectInfo:
+        """What the store says about the object, also when it is asked once more."""
+        return replace(self.info, digests=self._kept) if self._kept else self.info
 
 
 def stream_copy(
-    source: Source, target: Backend, key: str, *, options: TransferOptions, meter: Meter
+    source: Source,
+    target: Backend,
+    key: str,
+    *,
+    options: TransferOptions,
+    meter: Meter,
+    cancel: threading.Event | None = None,
 ) -> ObjectInfo:
     """Copy ``source`` to ``key`` of ``target``.
 
     Raises:
         IntegrityError: the source's bytes are not what they should be.
     """
-    return options.retry.run(partial(write_item, target, source.item(target, key), meter))
+    return send_item(target, source.item(target, key), options.retry, meter, cancel=cancel)
 
 
 class _Arriving(io.RawIOBase):
-    """A body as it arrives, of an object whose store does not tell the size."""
+    """A body as it arrives: if it breaks, all of the write begins again."""
 
     def __init__(self, body: Body) -> None:
         super().__init__()

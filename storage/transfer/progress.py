@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from storage.transfer import events
+
 __all__ = ["Meter", "Progress", "ProgressCallback"]
 
 _INTERVAL = 0.1
@@ -33,7 +35,7 @@ class Progress:
     objects_total: int
 
     bytes_present: int
-    """Of ``bytes_done``, those that were here already and were not fetched."""
+    """Of ``bytes_done``, those that were in place already and did not move."""
 
     seconds: float
     """Since the transfer began."""
@@ -73,9 +75,20 @@ class Meter:
         self._began = time.monotonic()
         self._told = 0.0
         self._told_bytes = False
+        events.watch(self)
+
+    @property
+    def objects(self) -> int:
+        """Finished objects so far."""
+        return self._objects
+
+    @property
+    def present(self) -> int:
+        """Of the bytes counted so far, those that need not move."""
+        return self._present
 
     def moved(self) -> int:
-        """Return the bytes counted so far."""
+        """Return the bytes counted so far, those that were here already included."""
         return self._bytes
 
     def add_bytes(self, count: int) -> None:
@@ -85,10 +98,11 @@ class Meter:
             self._tell()
 
     @contextmanager
-    def attempt(self) -> Iterator[Callable[[int], None]]:
+    def attempt(self, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Give a function that counts bytes, to be called from any thread.
 
-        If the attempt fails, its bytes are taken back: they have to move again.
+        If the attempt fails, its bytes are taken back: they have to move again. If it succeeds,
+        those of ``total`` that were not counted did not have to move.
         """
         counted = 0
         lock = threading.Lock()
@@ -104,6 +118,8 @@ class Meter:
         except BaseException:
             self.add_bytes(-counted)
             raise
+        if total is not None and counted < total:
+            self.add_present(total - counted)
 
     def add_present(self, count: int) -> None:
         """Count bytes that need not move."""

@@ -10,7 +10,7 @@ from storage.backends.spool import spooled
 from storage.errors import ObjectChangedError, TransientError
 from storage.transfer.retry import RetryPolicy
 
-__all__ = ["ObjectReader", "open_reader"]
+__all__ = ["ObjectReader", "can_go_on", "open_reader"]
 
 _BUFFER = 1024 * 1024
 # A forward seek shorter than this reads on; a new request costs more.
@@ -68,7 +68,7 @@ class ObjectReader(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         if self._position >= self._size or not view:
             return 0
-        self._retry.run(self._fill)
+        self._retry.run(self._fill, where=self.name)
         count = min(len(view), len(self._rest))
         view[:count] = self._rest[:count]
         self._rest = self._rest[count:]
@@ -127,14 +127,22 @@ class ObjectReader(io.RawIOBase):
             body.close()
 
 
+def can_go_on(info: ObjectInfo) -> bool:
+    """Tell whether an :class:`ObjectReader` may read an object.
+
+    Not where the size is unknown, for nobody can seek from its end; nor where a read that broke
+    begins again without a pin, for what comes then may be of another version.
+    """
+    return info.size is not None and (info.ranged or info.pin is not None)
+
+
 def open_reader(
     backend: Backend, info: ObjectInfo, retry: RetryPolicy, where: str
 ) -> io.BufferedReader:
     """Return an :class:`ObjectReader` behind a buffer of 1 MiB.
 
-    Where the store does not tell the size, the object is fetched to a temporary file first,
-    because nobody can seek from its end otherwise.
+    An object for which it is not made is fetched to a temporary file first.
     """
-    if info.size is None:
-        return retry.run(lambda: spooled(backend.read(info.key)))
+    if not can_go_on(info):
+        return retry.run(lambda: spooled(backend.read(info.key)), where=where)
     return io.BufferedReader(ObjectReader(backend, info, retry, where), _BUFFER)

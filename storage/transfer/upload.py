@@ -14,19 +14,14 @@ from typing import cast
 
 from storage.backends.base import Backend, BatchBackend, BatchItem, ObjectInfo, Payload
 from storage.digest import hash_file
-from storage.errors import (
-    DestinationError,
-    IntegrityError,
-    InvalidInput,
-    ModelMissingError,
-    ObjectExistsError,
-    TransientError,
-)
+from storage.errors import DestinationError, IntegrityError, InvalidInput
 from storage.transfer.engine import Budget, TransferOptions, run_by_size
 from storage.transfer.plan import Patterns
 from storage.transfer.progress import Meter
+from storage.transfer.retry import RetryPolicy
+from storage.transfer.sending import send_item, send_items
 
-__all__ = ["SourceFile", "scan", "upload", "write_item"]
+__all__ = ["SourceFile", "scan", "upload"]
 
 _METADATA_DIGESTS = ("blake3", "sha256")
 
@@ -112,12 +107,26 @@ def upload(
     files: Sequence[SourceFile],
     key_of: Callable[[SourceFile], str],
     *,
+    where: Callable[[SourceFile], str] = lambda _: "",
     options: TransferOptions,
     budget: Budget,
     meter: Meter,
     if_absent: bool,
 ) -> list[ObjectInfo]:
     """Upload ``files``, each to the key that ``key_of`` gives it.
+
+    Args:
+        backend: where they go.
+        files: what goes there.
+        key_of: gives the key of a file.
+        where: gives the URI of a file, for events.
+        options: sizes and retries.
+        budget: connections shared with other transfers.
+        meter: is told about bytes and objects.
+        if_absent: create only.
+
+    Returns:
+        What is now there, in the order of ``files``.
 
     Raises:
         ObjectExistsError: ``if_absent`` and a key is there.
@@ -130,69 +139,22 @@ def upload(
     results: dict[str, ObjectInfo] = {}
 
     def send(file: SourceFile, cancel: threading.Event) -> None:
-        results[file.path] = _send(backend, file, key_of(file), options, meter, if_absent)
+        item = _item(backend, file, key_of(file))
+        info = send_item(
+            backend,
+            item,
+            options.retry,
+            meter,
+            if_absent=if_absent,
+            where=where(file),
+            cancel=cancel,
+        )
+        _check_unchanged(backend, file, item.key, info, options.retry)
+        meter.add_object()
+        results[file.path] = info
 
     run_by_size(((file.size, partial(send, file)) for file in files), budget, options.memory)
     return [results[file.path] for file in files]
-
-
-def _send(
-    backend: Backend,
-    file: SourceFile,
-    key: str,
-    options: TransferOptions,
-    meter: Meter,
-    if_absent: bool,
-) -> ObjectInfo:
-    item = _item(backend, file, key)
-    unanswered = False
-
-    def attempt() -> ObjectInfo:
-        nonlocal unanswered
-        try:
-            return write_item(backend, item, meter, if_absent=if_absent)
-        except TransientError:
-            unanswered = True
-            raise
-        except ObjectExistsError:
-            # An earlier try may have done it, and only its answer was lost.
-            info = _already(backend, item) if unanswered else None
-            if info is None:
-                raise
-            meter.add_present(file.size)
-            return info
-
-    info = options.retry.run(attempt)
-    _check_unchanged(backend, file, key, info)
-    meter.add_object()
-    return info
-
-
-def write_item(
-    backend: Backend, item: BatchItem, meter: Meter, *, if_absent: bool = False
-) -> ObjectInfo:
-    """Write one object, once; its bytes are counted while they go, and not if it fails."""
-    with meter.attempt() as count:
-        return backend.write(
-            item.key,
-            item.payload,
-            metadata=item.metadata,
-            content_type=item.content_type,
-            if_absent=if_absent,
-            on_bytes=count,
-        )
-
-
-def _already(backend: Backend, item: BatchItem) -> ObjectInfo | None:
-    """Return what is stored if it is just what ``item`` says, by its digests."""
-    if not item.metadata:
-        return None
-    try:
-        info = backend.stat(item.key)
-    except ModelMissingError:
-        return None
-    same = info.size == item.payload.size and item.metadata.items() <= info.metadata.items()
-    return info if same else None
 
 
 def _send_all(
@@ -205,14 +167,9 @@ def _send_all(
 ) -> list[ObjectInfo]:
     """Upload all files in one step of the store."""
     items = [_item(backend, file, key_of(file)) for file in files]
-
-    def attempt() -> list[ObjectInfo]:
-        with meter.attempt() as count:
-            return backend.write_many(items, if_absent=if_absent, on_bytes=count)
-
-    infos = options.retry.run(attempt)
+    infos = send_items(backend, items, options.retry, meter, if_absent=if_absent)
     for file, item, info in zip(files, items, infos, strict=True):
-        _check_unchanged(backend, file, item.key, info)
+        _check_unchanged(backend, file, item.key, info, options.retry)
         meter.add_object()
     return infos
 
@@ -264,7 +221,9 @@ class _Steady(io.FileIO):
             )
 
 
-def _check_unchanged(backend: Backend, file: SourceFile, key: str, info: ObjectInfo) -> None:
+def _check_unchanged(
+    backend: Backend, file: SourceFile, key: str, info: ObjectInfo, retry: RetryPolicy
+) -> None:
     try:
         status = os.stat(file.local)
         now = (status.st_size, status.st_mtime_ns)
@@ -272,7 +231,7 @@ def _check_unchanged(backend: Backend, file: SourceFile, key: str, info: ObjectI
         now = (-1, -1)
     if now == (file.size, file.mtime_ns) and info.size == file.size:
         return
-    backend.delete([key])
+    retry.run(partial(backend.delete, [key]))
     raise IntegrityError(
         f"{file.local} changed while it was being uploaded; its object was removed again; "
         "upload it when its writer is done"

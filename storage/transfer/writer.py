@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
-import os
 import tempfile
 from types import TracebackType
 from typing import BinaryIO, Self, cast
 
-from storage.backends.base import Backend, file_payload
+from storage.backends.base import Backend, BatchItem, file_payload
 from storage.digest import MultiHasher
 from storage.files import translate_os_errors
+from storage.transfer import events
+from storage.transfer.progress import Meter
 from storage.transfer.retry import RetryPolicy
+from storage.transfer.sending import send_item
 
 __all__ = ["ObjectWriter", "open_writer"]
 
@@ -67,14 +69,15 @@ class ObjectWriter(io.BufferedIOBase):
             with translate_os_errors(self._spool.name):
                 self._spool.flush()
             metadata = {name: digest.hex for name, digest in self._hasher.digests().items()}
-            self._retry.run(
-                lambda: self._backend.write(
-                    self._key,
-                    file_payload(self._spool.name, os.stat(self._spool.name).st_size),
-                    metadata=metadata if self._backend.capabilities.metadata else None,
-                    if_absent=self._if_absent,
-                )
+            item = BatchItem(
+                self._key,
+                file_payload(self._spool.name, self._size),
+                metadata if self._backend.capabilities.metadata else {},
             )
+            with events.transfer("upload", self.name):
+                meter = Meter("upload", self.name, self._size, 1, None)
+                send_item(self._backend, item, self._retry, meter, if_absent=self._if_absent)
+                meter.add_object()
         finally:
             self.discard()
 

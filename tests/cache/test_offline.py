@@ -103,7 +103,7 @@ def test_offline_imports_no_sdk(make_client: MakeClient, source: Source, cache: 
         "import sys, storage\n"
         f"assert storage.Storage.download({uri!r}, offline=True) == {path!r}\n"
         "heavy = {'obstore', 's3fs', 'fsspec', 'botocore', 'requests', 'huggingface_hub',\n"
-        "         'pydantic', 'filelock', 'asyncio', 'rich', 'stamina'}\n"
+        "         'pydantic', 'filelock', 'asyncio', 'rich'}\n"
         "print(sorted(heavy & sys.modules.keys()))\n"
     )
     environ = {**os.environ, "STORAGE_CACHE_DIR": str(cache)}

@@ -160,7 +160,7 @@ def test_what_needs_no_store_loads_nothing_heavy(command: Command, tmp_path: Pat
     code = (
         "import sys, storage.cli as cli\n"
         "assert cli.main(['spec', 's3://bucket/key', '--json']) == 0\n"
-        "heavy = {'boto3', 'fsspec', 'obstore', 'pydantic', 'requests', 'rich', 'stamina'}\n"
+        "heavy = {'boto3', 'fsspec', 'obstore', 'pydantic', 'requests', 'rich'}\n"
         "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)\n"
     )
     script = tmp_path / "script.py"

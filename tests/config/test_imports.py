@@ -16,7 +16,7 @@ import storage.config
 ROOT = Path(storage.config.__file__).parents[2]
 HEAVY = ("pydantic", "pydantic_settings", "platformdirs", "tomllib")
 # What a process that finds its model in the cache has no use for.
-ONLINE = ("asyncio", "concurrent.futures", "ctypes", "filelock", "pydantic", "stamina")
+ONLINE = ("asyncio", "concurrent.futures", "ctypes", "filelock", "pydantic")
 
 
 def loaded(code: str, modules: Sequence[str] = HEAVY, **variables: str) -> set[str]:

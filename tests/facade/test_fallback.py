@@ -170,7 +170,7 @@ def test_every_failure_of_a_source_leads_to_the_next(
     config = {"type": "gs", "service_account_key": "{", "nonsense": 1}
     path = client.download(sources, out / "a", digest=sha256(DATA), config=config)
     assert Path(path).read_bytes() == DATA
-    logged = [record for record in caplog.records if record.name.startswith("storage")]
+    logged = [record for record in caplog.records if record.name == "storage.client.sources"]
     assert [record.levelname for record in logged] == ["WARNING"] * len(failing)
     for (kind, uri), record in zip(failing.items(), logged, strict=True):
         assert f"{uri}: {kind.__name__}: " in record.getMessage()

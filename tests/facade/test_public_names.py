@@ -109,7 +109,7 @@ EXPECTED_NAMES = {
 HEAVY = {
     *("adlfs", "aiobotocore", "aiohttp", "azure", "blake3", "boto3", "botocore", "fsspec"),
     *("gcsfs", "google", "huggingface_hub", "numpy", "obstore", "pydantic", "pydantic_core"),
-    *("pydantic_settings", "requests", "rich", "s3fs", "stamina", "urllib3"),
+    *("pydantic_settings", "requests", "rich", "s3fs", "urllib3"),
 }
 
 

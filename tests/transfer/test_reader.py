@@ -280,3 +280,34 @@ def test_a_closed_file_cannot_be_read() -> None:
         file.close()
         with pytest.raises(ValueError, match="closed"):
             file.read()
+
+
+class Nameless(Flaky):
+    """Tells of an object nothing but its size, and reads it from its beginning only."""
+
+    def stat(self, key: str, version: str | None = None) -> ObjectInfo:
+        info = self.inner.stat(key, version)
+        return replace(info, etag=None, version=None, hint=None, digests=(), ranged=False)
+
+    def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
+        assert span is None
+        assert pin is None
+        body = super().read(key)
+        return Body(self.stat(key), iter(body), body.close)
+
+
+def test_two_streams_of_what_has_no_name_are_never_put_together() -> None:
+    with memory_bucket({"k": b"a" * 1000}) as memory:
+
+        class Replaced(Nameless):
+            def _chunks(self, body: Body) -> Iterator[Buffer]:
+                try:
+                    yield from super()._chunks(body)
+                except TransientError:
+                    memory.write("k", bytes_payload(b"b" * 1000))
+                    raise
+
+        backend = Replaced(memory, 10, frozenset({50}))
+        with open_reader(backend, backend.stat("k"), FAST, WHERE) as file:
+            assert file.read() == b"b" * 1000
+        assert len(backend.requests) == 2
