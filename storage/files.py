@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Literal
 from storage.errors import DestinationError, InsufficientSpaceError, InvalidInput, StorageError
 
 __all__ = [
+    "boot_id",
     "check_space",
     "exchange",
     "is_mount_point",
@@ -24,6 +26,7 @@ __all__ = [
     "translate_os_errors",
 ]
 
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _MIB = 1024 * 1024
@@ -32,6 +35,16 @@ _STEP = 64 * _MIB
 # What says that the kernel or the file system does not copy by itself, or not between these two.
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _CANNOT_LINK = (errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+@functools.cache
+def boot_id() -> str | None:
+    """Return what identifies this boot of this machine; ``None`` if the system does not tell."""
+    try:
+        with open(_BOOT_ID, encoding="ascii", errors="replace") as file:
+            return file.read().strip() or None
+    except OSError:
+        return None
 
 
 def make_parents(folder: str) -> list[str]:

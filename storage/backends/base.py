@@ -112,6 +112,9 @@ class Capabilities:
     sign: bool = False
     """Presigned URLs can be made."""
 
+    checksums: bool = False
+    """The store keeps digests that ``stat`` does not tell; see :meth:`Backend.checksums`."""
+
     any_key: bool = True
     """Keys may hold empty and dot segments (``a//b``, ``a/../b``) and stay literal.
 
@@ -408,6 +411,22 @@ class Backend(Protocol):
 
         Asked only when the content does not match the hint, so it may be slow. S3 gives
         objects encrypted with a key of the user's an ETag that looks like an MD5 and is none.
+
+        Raises:
+            ObjectChangedError: another object is there now, so that nobody can tell.
+            ModelMissingError: there is none any more.
+        """
+
+    def checksums(self, info: ObjectInfo) -> tuple[Digest, ...]:
+        """Return digests of an object's content that the store keeps but ``stat`` does not tell.
+
+        They are of the very content that ``info`` is about (the same :attr:`ObjectInfo.pin`),
+        and of all of it. Costs a request. Asked only where ``capabilities.checksums``, and only
+        for objects that come with neither digests nor a hint.
+
+        Returns:
+            The digests, best first; none if the store keeps none that it could name, or if the
+            object is another one by now.
         """
 
     def filesystem(self) -> tuple[AbstractFileSystem, str]:

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from storage.cache.partials import remove_dead
+from storage.cache.partials import dead_size, remove_dead
 from storage.cache.pins import pin_name
 from storage.cache.removal import removing
 from storage.cache.survey import Survey, occupied
@@ -101,9 +101,13 @@ def foresee(cache: ModelCache, target: int | None) -> tuple[list[str], int]:
     if not os.path.exists(cache.upper.layout.version):
         return [], 0
     survey = Survey(cache)
-    victims, left = _choose(survey, survey.size if target is None else target, cache.grace)
+    size = survey.size
+    if target is not None and size > target:
+        root = cache.upper.path
+        survey.partial -= dead_size(root, resumable=True) - dead_size(root)
+    victims, left = _choose(survey, size if target is None else target, cache.grace)
     uris = {ref.source.uri for each in victims for ref in survey.refs.get(each, ())}
-    return sorted(uris), survey.size - left
+    return sorted(uris), size - left
 
 
 def trim(cache: ModelCache) -> None:
@@ -176,7 +180,8 @@ def _occupied(cache: ModelCache) -> int:
 def _shrink(cache: ModelCache, target: int, needed: int | None) -> Evicted:
     """Evict until ``target`` bytes are left; if bytes are ``needed``, all of that or nothing."""
     with cache.writing():
-        remove_dead(cache.upper.path)
+        # What somebody might go on with some day is less than what somebody has.
+        remove_dead(cache.upper.path, resumable=True)
         with removing(cache) as removal:
             survey = removal.survey
             victims, left = _choose(survey, target, cache.grace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -13,8 +13,9 @@ from typing import Self
 from storage.cache.cache import ModelCache
 from storage.cache.index import Known, ObjectKey
 from storage.cache.manifests import Manifest, ManifestFile
-from storage.cache.partials import new_partial
+from storage.cache.partials import JOURNAL, give_up, new_partial
 from storage.cache.refs import Pending, Ref, Source
+from storage.cache.survey import folder_size
 from storage.digest import Digest, hash_file
 
 __all__ = ["Filling"]
@@ -24,7 +25,13 @@ class Filling:
     """A context manager around one download. What it leaves after a failure can be used again."""
 
     def __init__(
-        self, cache: ModelCache, source: Source, keys: Iterable[ObjectKey | None], *, durable: bool
+        self,
+        cache: ModelCache,
+        source: Source,
+        keys: Iterable[ObjectKey | None],
+        *,
+        durable: bool,
+        resumable: Callable[[str], bool] | None = None,
     ) -> None:
         """Prepare; nothing is touched.
 
@@ -33,24 +40,42 @@ class Filling:
             source: what is downloaded.
             keys: of its objects in the index; ``None`` for one that cannot be told again.
             durable: force everything to disk before others find it.
+            resumable: tells of the path of a journal that a download left whether to go on with
+                that.
         """
         self._cache = cache
         self._source = source
         self._keys = tuple(keys)
         self._durable = durable
+        self._resumable = resumable
         self._held: list[str] = []
         self._stack = ExitStack()
         self.folder: str
         """A folder for files that are not verified yet, on the file system of the cache."""
+        self.journal: str
+        """Where to write down what of them is there."""
 
     def __enter__(self) -> Self:
         upper = self._cache.upper
         with self._cache.writing():
             keys = tuple(key for key in self._keys if key is not None)
             upper.refs.begin(Pending(self._source, len(self._keys), keys))
-            self.folder = os.path.join(self._stack.enter_context(new_partial(upper.path)), "files")
-            os.mkdir(self.folder)
+            path = self._stack.enter_context(new_partial(upper.path, self._wants))
+            self.folder = os.path.join(path, "files")
+            self.journal = os.path.join(path, JOURNAL)
+            os.makedirs(self.folder, exist_ok=True)
         return self
+
+    def _wants(self, folder: str) -> bool:
+        return self._resumable is not None and self._resumable(os.path.join(folder, JOURNAL))
+
+    def weight(self) -> int:
+        """Return how many bytes of what is to come count against the budget already."""
+        return folder_size(self.folder)
+
+    def leave(self) -> None:
+        """Leave what has arrived to the next download; at the end of a failed one."""
+        give_up(os.path.dirname(self.folder))
 
     def __exit__(
         self,

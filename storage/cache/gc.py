@@ -53,7 +53,8 @@ def collect(cache: ModelCache, *, grace: float | None = None) -> Collected:
     Args:
         cache: what to clean.
         grace: seconds for which models and blobs stay that nothing leads to; the grace period
-            of the cache if ``None``. With 0, quarantine is emptied too.
+            of the cache if ``None``. With 0, quarantine is emptied too, and killed downloads
+            cannot be continued.
 
     Raises:
         DestinationError: the cache cannot be read or written.
@@ -63,7 +64,8 @@ def collect(cache: ModelCache, *, grace: float | None = None) -> Collected:
     grace = cache.grace if grace is None else grace
     root = cache.upper
     with cache.writing():
-        size = remove_dead(root.path) + cache.leases.remove_dead()
+        # What a killed download can still be continued with is no garbage, for a day.
+        size = remove_dead(root.path, resumable=not grace) + cache.leases.remove_dead()
         locks = remove_stale(root.layout.locks)
         quarantined, freed = _empty_quarantine(root.layout.quarantine, grace)
         with removing(cache) as removal:
@@ -101,7 +103,7 @@ def collectable(cache: ModelCache) -> int:
     if not os.path.exists(root.layout.version):
         return 0
     old = _old(root.layout.quarantine, cache.grace)
-    return dead_size(root.path) + sum(map(folder_size, old))
+    return dead_size(root.path, resumable=not cache.grace) + sum(map(folder_size, old))
 
 
 def _empty_quarantine(folder: str, grace: float) -> tuple[int, int]:

@@ -22,6 +22,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from storage.files import boot_id
+
 __all__ = ["Owner", "boot_id", "current_owner", "is_alive", "is_locked", "may_live", "new_name"]
 
 _PROC = "/proc"
@@ -93,12 +95,6 @@ os.register_at_fork(after_in_child=_owner.cache_clear)
 def new_name() -> str:
     """Return a name for a file of this process that nothing else has."""
     return f"{current_owner().token}-{os.urandom(4).hex()}"
-
-
-@functools.cache
-def boot_id() -> str | None:
-    """Return what identifies this boot of this machine; ``None`` if the system does not tell."""
-    return _read(f"{_PROC}/sys/kernel/random/boot_id") or None
 
 
 def is_alive(owner: Owner) -> bool | None:

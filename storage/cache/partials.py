@@ -1,4 +1,9 @@
-"""Folders to work in, out of sight of readers; those that killed processes left are removed."""
+"""Folders to work in, out of sight of readers; what killed processes left goes, or is gone on with.
+
+A folder that holds a ``journal`` can be gone on with (``storage.transfer.journal``): it stays for
+a day, unless room is needed. Whoever goes on with one renames it to a name of its own first; of
+several who want it, the one whose rename succeeds has it.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +12,33 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from storage.cache.layout import Layout, listed
 from storage.cache.owners import Owner, may_live, new_name
 from storage.files import remove
 
-__all__ = ["dead_size", "living", "new_partial", "remove_dead"]
+__all__ = ["JOURNAL", "dead_size", "give_up", "living", "new_partial", "remove_dead"]
+
+JOURNAL = "journal"
+"""Name of the file that tells what of a folder somebody can go on with."""
 
 _LOCK = "lock"
+# Begins the name of a folder that its owner has given up; no owner's name does.
+_GIVEN_UP = "given-up-"
+# Seconds without any change after which nobody is expected to go on.
+_RESUMABLE = 24 * 3600.0
 
 
 @contextlib.contextmanager
-def new_partial(root: str) -> Iterator[str]:
+def new_partial(root: str, wanted: Callable[[str], bool] | None = None) -> Iterator[str]:
     """Make a folder below ``partial/`` that is this caller's alone, and remove it at the end.
+
+    Args:
+        root: of the cache.
+        wanted: tells of a folder that a dead process left, or a living one gave up, whether to
+            go on with it instead.
 
     Yields:
         Its path. It holds a file ``lock``.
@@ -32,12 +49,15 @@ def new_partial(root: str) -> Iterator[str]:
     path = os.path.join(Layout(root).partial, new_name())
     maker = os.getpid()
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    os.mkdir(path, 0o700)
+    if wanted is None or not _take_over(root, path, wanted):
+        os.mkdir(path, 0o700)
     descriptor = None
     try:
         # What protects it on this machine is its name.
         with contextlib.suppress(OSError):
             lock = os.path.join(path, _LOCK)
+            # The lock of whoever gave it up.
+            remove(lock)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield path
@@ -50,44 +70,71 @@ def new_partial(root: str) -> Iterator[str]:
             os.close(descriptor)
 
 
-def remove_dead(root: str, now: float | None = None) -> int:
+def give_up(path: str) -> None:
+    """Leave a folder of one's own to whoever wants to go on with it, this process included."""
+    with contextlib.suppress(OSError):
+        os.rename(path, os.path.join(os.path.dirname(path), _GIVEN_UP + os.urandom(8).hex()))
+
+
+def _take_over(root: str, path: str, wanted: Callable[[str], bool]) -> bool:
+    """Give the name ``path`` to a folder that is ``wanted`` and nobody's; tell if there is one."""
+    for found in _with_owners(root, None, alive=False, resumable=True):
+        if os.path.exists(os.path.join(found, JOURNAL)) and wanted(found):
+            with contextlib.suppress(OSError):
+                os.rename(found, path)
+                return True
+    return False
+
+
+def remove_dead(root: str, now: float | None = None, *, resumable: bool = False) -> int:
     """Remove what dead processes left in ``partial/``.
 
-    What nobody can tell to be dead, or has no owner in its name, goes after a day without any
-    change. What cannot be removed stays.
+    What nobody can tell to be dead, has no owner in its name, or can be gone on with, goes after
+    a day without any change. What cannot be removed stays.
 
     Args:
         root: of the cache.
         now: seconds since the epoch, if not the time of the call.
+        resumable: remove what can be gone on with, however young it is.
 
     Returns:
         How many bytes that gave back.
     """
-    return sum(map(_remove, _dead(root, now)))
+    return sum(map(_remove, _dead(root, now, resumable)))
 
 
-def dead_size(root: str) -> int:
+def dead_size(root: str, *, resumable: bool = False) -> int:
     """Return how many bytes :func:`remove_dead` would give back."""
-    return sum(_measure(path)[0] for path in _dead(root, None))
+    return sum(_measure(path)[0] for path in _dead(root, None, resumable))
 
 
 def living(root: str) -> Iterator[str]:
-    """Yield the paths of what :func:`remove_dead` would leave: somebody may work at it."""
-    return _with_owners(root, None, alive=True)
+    """Yield the paths of what :func:`remove_dead` would leave: somebody may work at it, or will."""
+    return _with_owners(root, None, alive=True, resumable=False)
 
 
-def _dead(root: str, now: float | None) -> Iterator[str]:
-    return _with_owners(root, now, alive=False)
+def _dead(root: str, now: float | None, resumable: bool) -> Iterator[str]:
+    return _with_owners(root, now, alive=False, resumable=resumable)
 
 
-def _with_owners(root: str, now: float | None, *, alive: bool) -> Iterator[str]:
+def _with_owners(root: str, now: float | None, *, alive: bool, resumable: bool) -> Iterator[str]:
+    """Yield what is alive, or dead; what can be gone on with is dead if ``resumable``."""
     now = time.time() if now is None else now
     folder = Layout(root).partial
     for name in listed(folder):
         path = os.path.join(folder, name)
-        lock = os.path.join(path, _LOCK)
-        if may_live(Owner.parse(name), lock, partial(_changed, path), now) == alive:
+        if _may_live(name, path, now, resumable) == alive:
             yield path
+
+
+def _may_live(name: str, path: str, now: float, resumable: bool) -> bool:
+    changed = partial(_changed, path)
+    if os.path.exists(os.path.join(path, JOURNAL)):
+        if not resumable and now - changed() < _RESUMABLE:
+            return True
+        if name.startswith(_GIVEN_UP):
+            return False
+    return may_live(Owner.parse(name), os.path.join(path, _LOCK), changed, now)
 
 
 def _remove(path: str) -> int:

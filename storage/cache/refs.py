@@ -56,6 +56,11 @@ class Source:
         return hash_text(self.identity, self.origin, self.filters)[:32]
 
     @property
+    def id(self) -> str:
+        """A hash that no other source has."""
+        return hash_text(self.scheme, self.uri, self.variant)
+
+    @property
     def filters(self) -> str:
         """The filters as one text."""
         return repr((self.allow, self.ignore, self.unpack))

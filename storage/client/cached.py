@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from storage.cache.filling import Filling
     from storage.client.download import Download
     from storage.transfer.download import FetchedFile
+    from storage.transfer.journal import Journal
     from storage.transfer.plan import Plan, PlannedFile
 
 __all__ = ["CachedDownload"]
@@ -256,13 +257,28 @@ class CachedDownload:
             meter.add_present(file.size)
             meter.add_object()
         missing = tuple(file for file in plan.files if file.path not in files)
-        size = sum(file.info.size or 0 for file in missing)
-        self._make_room(size)
         # Not at the top: a process that finds its model should not import what fetches one.
         from storage.cache.filling import Filling
 
-        with Filling(self._cache, self._source, keys, durable=job.durable) as filling:
-            check_space(filling.folder, size)
+        with (
+            Filling(
+                self._cache,
+                self._source,
+                keys,
+                durable=job.durable,
+                resumable=lambda path: self._journal(path).noted > 0,
+            ) as filling,
+            self._resuming(filling) as journal,
+        ):
+            with translate_os_errors(filling.folder):
+                journal.keep_only(
+                    {os.path.join(filling.folder, file.path): file.info for file in missing}
+                )
+                os.makedirs(filling.folder, exist_ok=True)
+            size = sum(file.info.size or 0 for file in missing)
+            # The cache weighs files by their size, the disk by what was written to them.
+            self._make_room(max(0, size - filling.weight()))
+            check_space(filling.folder, max(0, size - journal.noted))
             lock = threading.Lock()
 
             def take(file: FetchedFile, path: str) -> None:
@@ -276,6 +292,7 @@ class CachedDownload:
                 filling.folder,
                 None,
                 meter,
+                journal,
                 # An archive is not kept: what may be expected of it later is found now or never.
                 algorithms=(self._cache.algorithm, *(("sha256",) if job.unpack else ())),
                 vouched=True,
@@ -301,6 +318,25 @@ class CachedDownload:
             filling.publish(manifest, plan.fingerprint(), archive)
         meter.finish()
         return manifest
+
+    def _journal(self, path: str) -> Journal:
+        from storage.transfer.journal import Journal
+
+        return Journal(path, self._source.id, durable=self._job.durable)
+
+    @contextlib.contextmanager
+    def _resuming(self, filling: Filling) -> Iterator[Journal]:
+        """Leave what has arrived to the next download if this one fails, and that may not."""
+        journal = self._journal(filling.journal)
+        try:
+            yield journal
+        except BaseException as exc:
+            if journal.is_worth_keeping(exc):
+                filling.leave()
+                journal.tell(exc, "in the cache")
+            raise
+        finally:
+            journal.close()
 
     def _unpack(self, archive: str, filling: Filling) -> Manifest:
         from storage.cache.partials import new_partial

@@ -12,6 +12,7 @@ from storage.config.freshness import Freshness, read_freshness
 from storage.digest import Digest, hash_file, tree_digest
 from storage.errors import IntegrityError, InvalidInput, OfflineError, UnreachableError
 from storage.files import check_space, materialise, translate_os_errors
+from storage.transfer import events
 from storage.transfer.plan import Patterns, Plan, PlannedFile, make_plan, resolve
 from storage.transfer.progress import Meter, ProgressCallback
 from storage.uri import Location
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from storage.client.cached import CachedDownload
     from storage.client.client import StorageClient
     from storage.transfer.download import FetchedFile
+    from storage.transfer.journal import Journal
 
 __all__ = ["Download", "DownloadOptions", "Link"]
 
@@ -77,6 +79,10 @@ class Download:
 
     def run(self, dest: str | None) -> str:
         """Download to ``dest``, or to where the cache keeps it, and return the path."""
+        with events.transfer("download", str(self.location)):
+            return self._run(dest)
+
+    def _run(self, dest: str | None) -> str:
         if self.location.is_local:
             return self._from_this_machine(dest)
         if self._offline is True:
@@ -238,15 +244,27 @@ class Download:
         path = self._final_path(dest, is_tree, plan.files[0].path)
         meter = Meter("download", plan.uri, plan.size, len(plan.files), self.progress)
         with Destination(
-            path, tree=is_tree, overwrite=self._overwrite, durable=self.durable
+            path,
+            tree=is_tree,
+            overwrite=self._overwrite,
+            durable=self.durable,
+            source=self.identity,
         ) as destination:
-            check_space(os.path.dirname(destination.content), plan.size or 0)
             archive = destination.scratch(plan.files[0].path) if self.unpack else None
             place = archive or destination.content
+            targets = {
+                file.path: os.path.join(place, file.path) if plan.is_tree else place
+                for file in plan.files
+            }
+            journal = destination.resume({targets[file.path]: file.info for file in plan.files})
+            here = 0 if journal is None else journal.noted
+            check_space(os.path.dirname(destination.content), max(0, (plan.size or 0) - here))
             digests: dict[str, Mapping[str, Digest]] = {}
             for file in plan.files:
-                target = os.path.join(place, file.path) if plan.is_tree else place
-                found = None if cached is None else cached.put(file, plan.is_tree, target)
+                target = targets[file.path]
+                if cached is None or (journal is not None and journal.has(target)):
+                    continue
+                found = cached.put(file, plan.is_tree, target)
                 if found is not None:
                     digests[file.path] = found
                     meter.add_present(file.info.size or 0)
@@ -254,7 +272,7 @@ class Download:
             missing = tuple(file for file in plan.files if file.path not in digests)
             rest = replace(plan, files=missing)
             folder, single = (place, None) if plan.is_tree else (None, place)
-            for fetched in self.fetch(rest, folder, single, meter):
+            for fetched in self.fetch(rest, folder, single, meter, journal):
                 digests[fetched.path] = fetched.digests
             if plan.is_tree:
                 self._check_tree(digests)
@@ -267,14 +285,32 @@ class Download:
 
     # -- what the ways share -----------------------------------------------------------------
 
+    @property
+    def identity(self) -> str:
+        """What tells this download from those of other sources, or of other parts of this one."""
+        from storage.client.sourcing import source_of
+
+        config = self.client.resolve_config(self.location, self.config)
+        return source_of(self.location, config, self.patterns, self.unpack).id
+
     def fetch(
-        self, plan: Plan, folder: str | None, file: str | None, meter: Meter, **options: Any
+        self,
+        plan: Plan,
+        folder: str | None,
+        file: str | None,
+        meter: Meter,
+        journal: Journal | None,
+        **options: Any,
     ) -> list[FetchedFile]:
         """Fetch and verify what is in ``plan``; see :func:`storage.transfer.download.fetch`."""
         from storage.transfer.download import fetch
+        from storage.transfer.journal import WORTH
 
         if not plan.files:
             return []
+        small = plan.size is not None and plan.size < WORTH
+        if small and journal is not None and not journal.noted:
+            journal = None
         algorithms = {*options.pop("algorithms", ())}
         if self.expected is not None:
             algorithms.add(self.expected.algorithm)
@@ -289,6 +325,7 @@ class Download:
             algorithms=algorithms,
             expected=None if plan.is_tree else self.expected,
             expected_files=self._files,
+            journal=journal,
             **options,
         )
 

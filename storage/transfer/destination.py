@@ -3,10 +3,11 @@
 ::
 
     parent/.name.<16 hex>.partial/     one running download; ``lock`` tells that it lives
-        lock  content/                 content becomes parent/name by one rename
+        lock  journal  content/        content becomes parent/name by one rename
 
 Files and trees appear under their final name whole or not at all. What a killed download left
-is recognised by its free lock and removed by the next download to the same place.
+is recognised by its free lock. The next download to the same place goes on with it, if it is one
+of the same source (:mod:`storage.transfer.journal`), and else removes it.
 
 Where the destination is a mount point or the working directory, or its parent cannot be
 written, the staging folder is inside the destination, and the entries move one by one, last:
@@ -28,7 +29,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -36,9 +37,12 @@ from storage import files
 from storage.errors import ObjectExistsError
 from storage.files import shown, translate_os_errors
 from storage.transfer import trees
+from storage.transfer.journal import NAME, Journal
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+    from storage.backends.base import ObjectInfo
 
 __all__ = ["Destination"]
 
@@ -59,13 +63,20 @@ _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 class Destination:
     """Where one file or tree is to appear; a context manager around one download.
 
-    Entering checks that the destination may be written, removes what killed downloads left
-    and makes the staging folder. Leaving removes the staging folder and, if nothing was
-    published, every folder made on the way.
+    Entering checks that the destination may be written, removes what killed downloads left, or
+    takes it over, and makes the staging folder. Leaving removes the staging folder and, if
+    nothing was published, every folder made on the way; unless the download failed in a way
+    that makes another try worth while, and has a good part already.
     """
 
     def __init__(
-        self, path: str, *, tree: bool, overwrite: bool = False, durable: bool = False
+        self,
+        path: str,
+        *,
+        tree: bool,
+        overwrite: bool = False,
+        durable: bool = False,
+        source: str | None = None,
     ) -> None:
         """Describe the destination; nothing is touched.
 
@@ -74,6 +85,8 @@ class Destination:
             tree: whether a tree is to appear.
             overwrite: whether a tree may replace what this library did not put there.
             durable: whether everything is forced to disk before it is published.
+            source: what tells the download from those of other sources, a hash; a later one
+                with the same goes on where this one stops. ``None``: it leaves nothing.
         """
         path = os.path.abspath(path)
         # A link to a folder stays a link; the tree goes where it leads.
@@ -85,6 +98,8 @@ class Destination:
         self._made: list[str] = []
         self._staging: str | None = None
         self._lock: BaseFileLock | None = None
+        self._source = source
+        self._journal: Journal | None = None
         self._published = False
 
     @property
@@ -98,6 +113,22 @@ class Destination:
         assert self._staging is not None, "a destination is used as a context manager"
         return os.path.join(self._staging, f"scratch.{name}")
 
+    def resume(self, wanted: Mapping[str, ObjectInfo]) -> Journal | None:
+        """Keep, of what an earlier download left, what some files can go on with.
+
+        Args:
+            wanted: the object that each file is to become, by the path of the file here.
+
+        Returns:
+            What tells which bytes are here; ``None`` if nobody is to go on with this download.
+        """
+        if self._journal is not None:
+            with translate_os_errors(self.path):
+                self._journal.keep_only(wanted)
+                if self._tree:
+                    os.makedirs(self.content, exist_ok=True)
+        return self._journal
+
     def __enter__(self) -> Self:
         try:
             with translate_os_errors(self.path):
@@ -107,11 +138,12 @@ class Destination:
                 with self._alone():
                     self._remove_leftovers()
                     self._check()
-                self._make_staging()
+                if self._journal is None:
+                    self._make_staging()
                 if self._tree:
-                    os.mkdir(self.content)
-        except BaseException:
-            self._clean_up()
+                    os.makedirs(self.content, exist_ok=True)
+        except BaseException as exc:
+            self._clean_up(exc)
             raise
         return self
 
@@ -121,7 +153,7 @@ class Destination:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._clean_up()
+        self._clean_up(exc)
 
     def publish(self) -> str:
         """Make the content appear under its final name and return that.
@@ -136,6 +168,11 @@ class Destination:
                 trees.mark(self.content, _NOT_OURS)
             if self._durable:
                 files.sync_tree(self.content)
+            journal, self._journal = self._journal, None
+            if journal is not None:
+                # From here on there is something else in our folder than it says.
+                journal.close()
+                files.remove(journal.path)
             if not self._tree:
                 os.replace(self.content, self.path)
             elif self._inside:
@@ -313,21 +350,25 @@ class Destination:
                     raise
                 return
             if os.path.exists(os.path.join(path, _LOCK)):
+                if self._source is not None:
+                    self._journal = Journal(
+                        os.path.join(path, NAME), self._source, durable=self._durable
+                    )
                 return
             self._lock.release()
 
     def _remove_leftovers(self) -> None:
-        """Remove the staging folders of killed downloads to this destination."""
+        """Take over the best of what killed downloads to this destination left; remove the rest."""
         folder, prefix = self._staging_place()
         pattern = _staging_pattern(prefix)
         for name in os.listdir(folder):
             if pattern.fullmatch(name):
-                self._remove_leftover(os.path.join(folder, name))
+                self._settle_leftover(os.path.join(folder, name))
 
-    def _remove_leftover(self, staging: str) -> None:
+    def _settle_leftover(self, staging: str) -> None:
         from filelock import FileLock
 
-        lock = FileLock(os.path.join(staging, _LOCK))
+        lock: BaseFileLock = FileLock(os.path.join(staging, _LOCK))
         try:
             if os.path.isdir(staging):  # or the lock would make it
                 lock.acquire(timeout=0)
@@ -336,11 +377,27 @@ class Destination:
         try:
             if self._inside:
                 self._finish_move(staging)
+            if self._source is not None and trees.is_locked(os.path.join(staging, _LOCK)):
+                journal = Journal(os.path.join(staging, NAME), self._source, durable=self._durable)
+                if journal.noted > (0 if self._journal is None else self._journal.noted):
+                    worse, its_lock = self._staging, self._lock
+                    self._staging, self._lock, self._journal = staging, lock, journal
+                    if worse is None or its_lock is None:
+                        return
+                    staging, lock = worse, its_lock
             _drop(staging, lock)
         finally:
-            lock.release()
+            if lock is not self._lock:
+                lock.release()
 
-    def _clean_up(self) -> None:
+    def _clean_up(self, error: BaseException | None) -> None:
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            kept = self._staging is not None and journal.is_worth_keeping(error)
+            journal.close()
+            if kept:
+                journal.tell(error, f"in {shown(self._staging)}")
+                self._staging = None
         if self._staging is not None and self._lock is not None:
             _drop(self._staging, self._lock)
         if self._lock is not None:

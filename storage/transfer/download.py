@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 from storage.backends.base import Backend, Body, ByteRange, ObjectInfo
-from storage.digest import Digest, MultiHasher
+from storage.digest import Digest, available
 from storage.errors import (
+    AuthenticationError,
     IntegrityError,
     InvalidInput,
     ObjectChangedError,
+    StorageError,
     TransferError,
-    TransientError,
+    UnsupportedOperation,
 )
 from storage.files import translate_os_errors
-from storage.transfer.engine import Budget, CancelledError, TransferOptions, run_tasks
-from storage.transfer.plan import Plan, PlannedFile, split
+from storage.transfer import events
+from storage.transfer.engine import Budget, TransferOptions, run_tasks
+from storage.transfer.incoming import RangedFetch, Stream, missing
+from storage.transfer.journal import Journal, Tracked
+from storage.transfer.plan import Plan, PlannedFile, even_part
 from storage.transfer.progress import Meter
-from storage.transfer.verify import OrderedHasher, algorithms_for, check_digests
+from storage.transfer.verify import algorithms_for, check_checksums, check_digests
 
 __all__ = ["FetchedFile", "fetch"]
 
+T = TypeVar("T")
+
 _RESTARTS = 3
 # Bytes of an average request from which on the number of connections is found by trying.
-_LONG_TASK = 4 * 1024 * 1024
+_LONG_TASK = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,7 @@ def fetch(
     expected: Digest | None = None,
     expected_files: Mapping[str, Digest] | None = None,
     on_file: Callable[[FetchedFile, str], None] | None = None,
+    journal: Journal | None = None,
 ) -> list[FetchedFile]:
     """Fetch everything in ``plan`` and verify it.
 
@@ -78,6 +89,8 @@ def fetch(
         on_file: called once for each file, with the path where it lies, as soon as it is
             verified and closed; by several threads at once. It may move the file away. What
             it raises ends the transfer.
+        journal: tells which bytes of the files are here already, and is told about all that
+            arrive.
 
     Returns:
         The files, in the order of the plan.
@@ -86,8 +99,12 @@ def fetch(
         IntegrityError: an object's bytes are not the ones that they should be.
         TransferError: retries are spent, or an object changed again and again.
     """
+    if plan.size is not None:
+        part_size = even_part(plan.size, options.part_size, options.connections)
+        options = replace(options, part_size=part_size)
     wanted = frozenset(algorithms)
     demands = expected_files or {}
+    refused = threading.Event()
     jobs = []
     for planned in plan.files:
         path = file if folder is None else os.path.join(folder, planned.path)
@@ -100,7 +117,20 @@ def fetch(
             vouched=vouched,
         )
         jobs.append(
-            _Job(backend, where, planned, path, options, meter, algorithms_of, demand, on_file)
+            Job(
+                backend,
+                where,
+                planned,
+                path,
+                options,
+                meter,
+                algorithms_of,
+                demand,
+                on_file,
+                journal,
+                refused,
+                listed=plan.is_tree,
+            )
         )
     if folder is not None:
         with translate_os_errors(folder):
@@ -115,10 +145,10 @@ def fetch(
         finally:
             for job in pending:
                 job.close()
-        pending = [job for job in pending if job.changed]
+        pending = [job for job in pending if job.changed or job.spoilt]
         if not pending:
             return [job.result() for job in jobs]
-        if plan.pinned:
+        if plan.pinned and any(job.changed for job in pending):
             raise ObjectChangedError(
                 f"{plan.uri}: the store gave bytes of another version than the one named; "
                 "nothing was published; list the versions and name one that is there"
@@ -131,12 +161,12 @@ def fetch(
     )
 
 
-def _tasks(jobs: Iterable[_Job]) -> Iterator[Callable[[threading.Event], None]]:
+def _tasks(jobs: Iterable[Job]) -> Iterator[Callable[[threading.Event], None]]:
     for job in jobs:
         yield from job.tasks()
 
 
-class _Job:
+class Job:
     """One object on its way into one file."""
 
     def __init__(
@@ -150,62 +180,129 @@ class _Job:
         algorithms: Callable[[ObjectInfo], set[str]],
         expected: Digest | None,
         on_file: Callable[[FetchedFile, str], None] | None,
+        journal: Journal | None,
+        refused: threading.Event,
+        *,
+        listed: bool,
     ) -> None:
+        """Prepare; see :func:`fetch`.
+
+        ``refused`` is set once the store has said that it never tells checksums; ``listed``
+        says that it may tell more about the object when it is asked.
+        """
         self.path = path
         self.where = where
-        self.algorithms = algorithms
         self.changed = False
+        """Whether the object was replaced meanwhile."""
+        self.spoilt = False
+        """Whether what an earlier download left turned out to be wrong."""
         self._backend = backend
         self._planned = planned
         self._info = planned.info
         self._options = options
         self._meter = meter
+        self._algorithms = algorithms
         self._expected = expected
         self._on_file = on_file
+        self._journal = journal
+        self._refused = refused
+        self._listed = listed
         self._lock = threading.Lock()
         self._counted = 0
         self._descriptor: int | None = None
+        self._kept: tuple[Digest, ...] = ()
+        self._arrival: tuple[ObjectInfo, int, dict[str, Digest]] | None = None
         self._result: FetchedFile | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        capabilities = self._backend.capabilities
+        # Whether the parts of different answers certainly belong together.
+        self.resumable = (
+            capabilities.ranged_read
+            and capabilities.pinned_read
+            and self._info.ranged
+            and self._info.pin is not None
+            and bool(self._info.size)
+        )
+        self._tracked: Tracked | None = None
+        if self._journal is not None and self.resumable:
+            self._tracked = self._journal.track(self.path, self._info)
+        self._here = [] if self._tracked is None else self._tracked.ranges
+        self._present = sum(map(len, self._here))
+        if self._present:
+            self._meter.add_present(self._present)
+            events.resumed(self.where, self._present, self.size)
+        self._asks = capabilities.checksums and not (self._info.digests or self._info.hint)
+        # Who is the last of those that fetch and those that ask goes on.
+        self._open_ends = 1 + self._asks
 
     @property
     def _ranged(self) -> bool:
-        return self.resumable and self.size > self._options.part_size
+        return bool(self._here) or (self.resumable and self.size > self._options.part_size)
 
     @property
     def part_count(self) -> int:
         """Requests that the object takes if nothing goes wrong."""
-        return -(-self.size // self._options.part_size) if self._ranged else 1
+        if not self._ranged:
+            return 1 + self._asks
+        parts = missing(self.size, self._options.part_size, self._here)
+        return len(parts) + bool(self._here) + self._asks
+
+    @property
+    def size(self) -> int:
+        """In bytes; 0 if it is not known."""
+        return self._info.size or 0
+
+    @property
+    def step(self) -> int:
+        """Bytes of one range that are worth a note in the journal."""
+        return sys.maxsize if self._tracked is None else self._tracked.step
 
     def restart(self) -> None:
-        """Begin anew with what is in the store now."""
+        """Begin anew, with what is in the store now."""
         self._meter.add_bytes(-self._counted)
+        self._meter.add_present(-self._present)
         self._counted = 0
-        self.changed = False
+        if self._tracked is not None:
+            self._tracked.drop()
         os.unlink(self.path)
-        self._info = self._options.retry.run(lambda: self._backend.stat(self._info.key))
+        if self.changed:
+            self._info = self._retried(lambda: self._backend.stat(self._info.key))
+        self.changed = self.spoilt = False
+        self._kept, self._arrival = (), None
+        self._begin()
 
     def result(self) -> FetchedFile:
+        """Return the file, which is verified."""
         assert self._result is not None, "a job that did not fail has a result"
         return self._result
 
     def tasks(self) -> Iterator[Callable[[threading.Event], None]]:
-        if not self._ranged:
-            yield self._fetch_whole
+        """Yield what there is to do; in any order, by any thread."""
+        if self._ranged:
+            descriptor = self._open()
+            with translate_os_errors(self.path):
+                os.truncate(descriptor, self.size)
+            fetching = RangedFetch(self, descriptor, self._here, self._options.part_size)
+            tasks = fetching.tasks()
+            yield next(tasks)
+            if self._asks:
+                yield self._ask
+            yield from tasks
             return
-        parts = split(self.size, self._options.part_size)
-        descriptor = self._open()
-        with translate_os_errors(self.path):
-            os.truncate(descriptor, self.size)
-        ranged = _RangedFetch(self, descriptor, parts)
-        for index in range(len(parts)):
-            yield partial(ranged.fetch, index)
+        yield self._fetch_whole
+        if self._asks:
+            yield self._ask
 
     def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC
         with translate_os_errors(self.path):
+            if self._here:
+                self._descriptor = os.open(self.path, flags)
+                return self._descriptor
             try:
-                self._descriptor = os.open(
-                    self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
-                )
+                self._descriptor = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError as exc:
                 raise InvalidInput(
                     f"{self.where}: another key of this tree has the same name on the "
@@ -221,45 +318,121 @@ class _Job:
 
     def _fetch_whole(self, cancel: threading.Event) -> None:
         """Fetch the object by one request after another, hashing on the way."""
+        stream = Stream(self, self._open(), cancel)
         try:
-            stream = _Stream(self, self._open(), cancel)
-            self.run(stream.attempt, stream.progressed)
-            self.finish(stream.info, stream.position, stream.digests())
-        except ObjectChangedError:
-            self.changed = True
+            try:
+                self.run(stream.attempt, stream.progressed, cancel)
+            except ObjectChangedError:
+                self.changed = True
+                return
+            except BaseException:
+                stream.note()
+                raise
+            if self._on_file is None:
+                stream.note()
         finally:
             self.close()
-        if not self.changed:
-            self.hand_over()
+        self.arrived(stream.info, stream.position, stream.digests())
 
-    def finish(self, info: ObjectInfo, size: int, found: dict[str, Digest]) -> None:
-        """Verify what arrived; only now is it a result."""
+    def _ask(self, cancel: threading.Event) -> None:
+        """Ask for the digests that the store keeps and does not tell."""
+        # Without them the object is what it would be in a store that keeps none.
+        with contextlib.suppress(StorageError):
+            try:
+                if not self._refused.is_set():
+                    self._kept = self._retried(lambda: self._backend.checksums(self._info), cancel)
+            except (AuthenticationError, UnsupportedOperation):
+                self._refused.set()
+        self._end()
+
+    def arrived(self, info: ObjectInfo, size: int, found: dict[str, Digest]) -> None:
+        """Take note that all bytes are here, in a file that is closed, and what they are.
+
+        Args:
+            info: what the store says about the object.
+            size: in bytes.
+            found: digests of them.
+        """
+        self._arrival = info, size, found
+        self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._open_ends -= 1
+            if self._open_ends:
+                return
+        assert self._arrival is not None
+        try:
+            self._verify(*self._arrival)
+        except ObjectChangedError:
+            # What arrived is not right, and nobody can tell any more what it should have been.
+            self.changed = True
+            return
+        except IntegrityError as exc:
+            if not self._here:
+                raise
+            # A disk may have lost what it had; the store gets a chance to be right.
+            events.verification_failed(self.where, exc)
+            self.spoilt = True
+            return
+        _, size, found = self._arrival
+        self._meter.add_object()
+        self._result = FetchedFile(self._planned.path, size, found, self._info)
+        if self._on_file is not None:
+            self._on_file(self._result, self.path)
+            if self._tracked is not None:
+                self._tracked.drop()
+
+    def _verify(self, info: ObjectInfo, size: int, found: dict[str, Digest]) -> None:
+        """Compare what arrived with what is known; only then it is a result."""
         if info.size is not None and size != info.size:
             raise IntegrityError(
                 f"{self.where}: the store says {info.size} bytes, {size} arrived; "
                 "nothing was published"
             )
         doubt = check_digests(self.where, info, found, self._expected)
-        if doubt is not None and self._options.retry.run(lambda: self._backend.is_digest(info)):
+        if doubt is not None and self._retried(lambda: self._backend.is_digest(info)):
             raise IntegrityError(
                 f"{self.where}: the store's ETag says {doubt}, the bytes that arrived are "
                 f"{found[doubt.algorithm]}; nothing was published; the object or the way to it "
                 "is damaged"
             )
-        self._meter.add_object()
-        self._result = FetchedFile(self._planned.path, size, found, self._info)
+        if self._kept and not (info.digests or info.hint):
+            with translate_os_errors(self.path):
+                check_checksums(self.where, self._kept, found, self.path)
 
-    def hand_over(self) -> None:
-        """Tell who waits for the file that it is there, verified and closed."""
-        if self._on_file is not None:
-            self._on_file(self.result(), self.path)
+    def algorithms(self, info: ObjectInfo) -> set[str]:
+        """Return the digests to compute of the bytes of an object that is as ``info`` says."""
+        if not info.digests and not info.hint:
+            info = replace(
+                info, digests=tuple(each for each in self._kept if available(each.algorithm))
+            )
+        return self._algorithms(info)
+
+    def describe(self, cancel: threading.Event) -> ObjectInfo:
+        """Return what the store says about the object, of which no body is going to say it.
+
+        Raises:
+            ObjectChangedError: it was replaced.
+        """
+        if not self._listed or self._info.digests:
+            return self._info
+        return self.check_answer(self._retried(lambda: self._backend.stat(self._info.key), cancel))
+
+    def note(self, descriptor: int, start: int, end: int) -> None:
+        """Write down that some bytes are in the file."""
+        if self._tracked is not None:
+            with translate_os_errors(self.path):
+                self._tracked.add(descriptor, start, end)
 
     def count(self, arrived: int) -> None:
+        """Count bytes that arrived."""
         with self._lock:
             self._counted += arrived
         self._meter.add_bytes(arrived)
 
     def open_body(self, span: ByteRange | None) -> Body:
+        """Ask for some bytes of the object, or for all."""
         pin = self._info if self._info.pin is not None else None
         if not self._backend.capabilities.pinned_read:
             pin = None
@@ -277,165 +450,14 @@ class _Job:
             hint=info.hint or planned.hint,
         )
 
-    def run(self, step: Callable[[], None], progressed: Callable[[], bool]) -> None:
+    def run(
+        self,
+        step: Callable[[], None],
+        progressed: Callable[[], bool],
+        cancel: threading.Event | None = None,
+    ) -> None:
         """Run ``step`` under the transfer's retry policy."""
-        self._options.retry.run(step, progressed)
+        self._options.retry.run(step, progressed, where=self.where, cancel=cancel)
 
-    @property
-    def resumable(self) -> bool:
-        """Whether the parts of different answers certainly belong together."""
-        capabilities = self._backend.capabilities
-        return (
-            capabilities.ranged_read
-            and capabilities.pinned_read
-            and self._info.ranged
-            and self._info.pin is not None
-            and bool(self._info.size)
-        )
-
-    @property
-    def size(self) -> int:
-        return self._info.size or 0
-
-
-class _Stream:
-    """One object as one stream; a broken one goes on at its position, or begins again."""
-
-    def __init__(self, job: _Job, descriptor: int, cancel: threading.Event) -> None:
-        self.position = 0
-        self.info: ObjectInfo
-        self._job = job
-        self._descriptor = descriptor
-        self._cancel = cancel
-        self._hasher: MultiHasher | None = None
-        self._mark = 0
-
-    def progressed(self) -> bool:
-        further = self.position > self._mark
-        self._mark = max(self._mark, self.position)
-        return further and self._job.resumable
-
-    def attempt(self) -> None:
-        job = self._job
-        if self.position and not job.resumable:
-            job.count(-self.position)
-            self.position = 0
-            self._hasher = None
-            with translate_os_errors(job.path):
-                os.ftruncate(self._descriptor, 0)
-        span = None
-        if self.position:
-            if self.position == job.size:
-                return
-            span = ByteRange(self.position, job.size)
-        with job.open_body(span) as body:
-            self.info = job.check_answer(body.info)
-            if self._hasher is None:
-                self._hasher = MultiHasher(job.algorithms(self.info))
-            for chunk in body:
-                if self._cancel.is_set():
-                    raise CancelledError
-                if self.info.size is not None and self.position + len(chunk) > self.info.size:
-                    raise IntegrityError(
-                        f"{job.where}: the store says {self.info.size} bytes, more arrived; "
-                        "nothing was published"
-                    )
-                with translate_os_errors(job.path):
-                    _write_all(self._descriptor, chunk, self.position)
-                self._hasher.update(chunk)
-                self.position += len(chunk)
-                job.count(len(chunk))
-        if self.info.size is not None and self.position < self.info.size:
-            raise TransientError(
-                f"{job.where}: the body ended after {self.position} of {self.info.size} bytes"
-            )
-
-    def digests(self) -> dict[str, Digest]:
-        assert self._hasher is not None
-        return self._hasher.digests()
-
-
-class _RangedFetch:
-    """One large object as many ranges, all pinned to the same version."""
-
-    def __init__(self, job: _Job, descriptor: int, parts: list[ByteRange]) -> None:
-        self.job = job
-        self._descriptor = descriptor
-        self._parts = parts
-        self._hasher = OrderedHasher(descriptor, parts)
-        self._lock = threading.Lock()
-        self._info: ObjectInfo | None = None
-
-    def fetch(self, index: int, cancel: threading.Event) -> None:
-        job = self.job
-        if job.changed:
-            return
-        part = _Part(self, self._parts[index], cancel)
-        try:
-            job.run(part.attempt, part.progressed)
-        except ObjectChangedError:
-            job.changed = True
-            return
-        if self._hasher.part_done(index):
-            assert self._info is not None
-            job.finish(self._info, self._parts[-1].end, self._hasher.digests())
-            job.close()
-            job.hand_over()
-
-    def answered(self, span: ByteRange, info: ObjectInfo) -> None:
-        info = self.job.check_answer(info)
-        with self._lock:
-            if span.start == 0 and self._info is None:
-                self._info = info
-                self._hasher.start(self.job.algorithms(info))
-
-    def write(self, chunk: bytes | bytearray | memoryview, position: int) -> None:
-        with translate_os_errors(self.job.path):
-            _write_all(self._descriptor, chunk, position)
-        self.job.count(len(chunk))
-
-
-class _Part:
-    """One range; a broken one goes on at its position."""
-
-    def __init__(self, fetch: _RangedFetch, span: ByteRange, cancel: threading.Event) -> None:
-        self._fetch = fetch
-        self._span = span
-        self._cancel = cancel
-        self._position = span.start
-        self._mark = span.start
-
-    def progressed(self) -> bool:
-        further = self._position > self._mark
-        self._mark = self._position
-        return further
-
-    def attempt(self) -> None:
-        fetch = self._fetch
-        if self._position == self._span.end:
-            return
-        with fetch.job.open_body(ByteRange(self._position, self._span.end)) as body:
-            fetch.answered(self._span, body.info)
-            for chunk in body:
-                if self._cancel.is_set():
-                    raise CancelledError
-                if fetch.job.changed:
-                    raise ObjectChangedError(fetch.job.where)
-                if self._position + len(chunk) > self._span.end:
-                    raise TransientError(
-                        f"{fetch.job.where}: the store sent more than the range asked for"
-                    )
-                fetch.write(chunk, self._position)
-                self._position += len(chunk)
-        if self._position < self._span.end:
-            raise TransientError(
-                f"{fetch.job.where}: a range ended {self._span.end - self._position} bytes early"
-            )
-
-
-def _write_all(descriptor: int, chunk: bytes | bytearray | memoryview, position: int) -> None:
-    view = memoryview(chunk).cast("B")
-    while view:
-        written = os.pwrite(descriptor, view, position)
-        view = view[written:]
-        position += written
+    def _retried(self, ask: Callable[[], T], cancel: threading.Event | None = None) -> T:
+        return self._options.retry.run(ask, where=self.where, cancel=cancel)

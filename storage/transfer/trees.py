@@ -11,7 +11,7 @@ import time
 
 from storage.errors import DestinationError
 
-__all__ = ["is_marked", "lock_folder", "mark"]
+__all__ = ["is_locked", "is_marked", "lock_folder", "mark"]
 
 _XATTR = "user.modelstorage.tree"
 _PAUSE = 0.02
@@ -41,6 +41,26 @@ def lock_folder(descriptor: int, path: str, timeout: float) -> None:
             return
 
 
+def is_locked(path: str) -> bool:
+    """Tell whether a file is locked, by this process or another one.
+
+    There are file systems on which every lock can be had; on those the answer is no.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def mark(folder: str, ignored: re.Pattern[str]) -> None:
     """Remember that this library put there what ``folder`` holds now.
 
@@ -55,9 +75,9 @@ def is_marked(folder: str, ignored: re.Pattern[str]) -> bool:
     """Tell whether ``folder`` holds just what it held when it was marked."""
     try:
         found = os.getxattr(folder, _XATTR).decode("ascii", "replace")
+        return found == _fingerprint(folder, ignored)
     except OSError:
-        return False
-    return found == _fingerprint(folder, ignored)
+        return False  # it may also be replaced, and removed, while it is being looked at
 
 
 def _fingerprint(folder: str, ignored: re.Pattern[str]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from storage.backends.base import ByteRange, ObjectInfo
-from storage.digest import Digest, MultiHasher
+from storage.digest import Digest, MultiHasher, available, hash_file
 from storage.errors import IntegrityError
 
-__all__ = ["OrderedHasher", "algorithms_for", "check_digests"]
+__all__ = ["OrderedHasher", "algorithms_for", "check_checksums", "check_digests"]
 
 _WINDOW = 8 * 1024 * 1024
 
@@ -26,8 +27,9 @@ def algorithms_for(info: ObjectInfo, wanted: Iterable[str], vouched: bool = Fals
     if vouched and any(digest.algorithm == "sha256" for digest in info.digests):
         algorithms.add("sha256")
     if not any(digest.algorithm in algorithms for digest in info.digests):
-        if info.digests:
-            algorithms.add(info.digests[0].algorithm)
+        computable = [each for each in info.digests if available(each.algorithm)]
+        if computable:
+            algorithms.add(computable[0].algorithm)
         elif info.hint is not None:
             algorithms.add(info.hint.algorithm)
     return algorithms
@@ -67,6 +69,28 @@ def check_digests(
     if hint is not None and hint.algorithm in found and found[hint.algorithm] != hint:
         return hint
     return None
+
+
+def check_checksums(
+    where: str, kept: Sequence[Digest], found: dict[str, Digest], path: str
+) -> None:
+    """Compare a file with what the store says when it is asked for checksums.
+
+    Args:
+        where: the object's URI, for the message.
+        kept: what the store says (``Backend.checksums``), best first.
+        found: digests of what arrived, by algorithm; one more is added if none of ``kept``
+            could be compared with them.
+        path: of the file.
+
+    Raises:
+        IntegrityError: the bytes are wrong.
+        OSError: the file cannot be read.
+    """
+    if found.keys().isdisjoint(digest.algorithm for digest in kept):
+        known = (digest.algorithm for digest in kept if available(digest.algorithm))
+        found |= hash_file(path, (*islice(known, 1),))
+    check_digests(where, ObjectInfo("", None, digests=tuple(kept)), found, None)
 
 
 class OrderedHasher:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
+from storage import files
 from storage.cache import blobs, leases, owners
 
 __all__ = ["count_hashes", "reboot", "run_in_boot"]
@@ -22,9 +24,10 @@ def reboot(patch: pytest.MonkeyPatch, boot: str | None = "") -> None:
     """
     leases.release_all()
     name = uuid4().hex if boot == "" else boot
-    for module in (blobs, owners):
+    for module in (blobs, files, owners):
         patch.setattr(module, "boot_id", lambda: name)
-    owners._owner.cache_clear()
+    # One that remembers nothing, and is forgotten with the patch.
+    patch.setattr(owners, "_owner", functools.lru_cache(maxsize=1)(owners._owner.__wrapped__))
 
 
 def run_in_boot(boot: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from storage import files
 from storage.cache import owners
 from storage.cache.owners import (
     Owner,
@@ -54,6 +55,7 @@ def without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     """A system without ``/proc``."""
     with monkeypatch.context() as patch:
         patch.setattr(owners, "_PROC", str(tmp_path / "absent"))
+        patch.setattr(files, "_BOOT_ID", str(tmp_path / "absent"))
         boot_id.cache_clear()
         owners._owner.cache_clear()
         yield
