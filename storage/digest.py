@@ -9,6 +9,7 @@ for the sorted paths. It can be checked without this library::
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -16,21 +17,32 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Protocol
 
-from storage.errors import InvalidInput
+from storage.errors import ConfigurationError, InvalidInput
 
 __all__ = [
     "ALGORITHMS",
     "Digest",
     "Hasher",
     "MultiHasher",
+    "available",
     "hash_file",
     "new_hasher",
     "tree_digest",
 ]
 
-_HEX_LENGTH = {"md5": 32, "sha1": 40, "sha256": 64, "sha512": 128, "blake3": 64}
+_HEX_LENGTH = {
+    "md5": 32,
+    "sha1": 40,
+    "sha256": 64,
+    "sha512": 128,
+    "blake3": 64,
+    "crc32c": 8,
+    "crc64nvme": 16,
+}
 ALGORITHMS = tuple(_HEX_LENGTH)
-"""Algorithms a digest may name. ``md5`` and ``sha1`` detect accidents, not attackers."""
+"""Algorithms a digest may name. ``md5``, ``sha1``, ``crc32c`` (RFC 3720) and ``crc64nvme``
+(NVM Express) detect accidents, not attackers; the last two need a package that an extra brings,
+see :func:`available`."""
 
 _READ_SIZE = 1024 * 1024
 
@@ -83,15 +95,89 @@ class Digest:
         return f"{self.algorithm}:{self.hex}"
 
 
+def available(algorithm: str) -> bool:
+    """Tell whether :func:`new_hasher` can compute ``algorithm`` here.
+
+    False for names that are unknown, and for a CRC if no package that computes it is installed
+    (``google-crc32c`` or ``awscrt`` for ``crc32c``, ``awscrt`` for ``crc64nvme``).
+    """
+    if algorithm in _CRCS:
+        return _CRCS[algorithm]() is not None
+    return algorithm in _HEX_LENGTH
+
+
 def new_hasher(algorithm: str) -> Hasher:
-    """Return a fresh hash object of ``algorithm`` (one of :data:`ALGORITHMS`)."""
+    """Return a fresh hash object of ``algorithm`` (one of :data:`ALGORITHMS`).
+
+    Raises:
+        InvalidInput: there is no such algorithm.
+        ConfigurationError: it is not :func:`available` here.
+    """
     if algorithm == "blake3":
         from blake3 import blake3
 
         return blake3()
+    if algorithm in _CRCS:
+        extend = _CRCS[algorithm]()
+        if extend is None:
+            raise ConfigurationError(
+                f"a {algorithm} cannot be computed: the package awscrt is not installed; "
+                'run: pip install "modelstorage[s3]"'
+            )
+        return _Crc(extend, _HEX_LENGTH[algorithm])
     if algorithm in _HEX_LENGTH:
         return hashlib.new(algorithm, usedforsecurity=algorithm not in ("md5", "sha1"))
     raise InvalidInput(f"unknown digest algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
+
+
+_Extend = Callable[[memoryview, int], int]
+
+
+@functools.cache
+def _crc32c() -> _Extend | None:
+    try:
+        import google_crc32c
+    except ImportError:
+        return _of_awscrt("crc32c")
+    if google_crc32c.implementation != "c":  # its other form, in Python, is too slow to be of use
+        return _of_awscrt("crc32c")
+    return lambda data, before: google_crc32c.extend(before, bytes(data))
+
+
+@functools.cache
+def _crc64nvme() -> _Extend | None:
+    return _of_awscrt("crc64nvme")
+
+
+def _of_awscrt(name: str) -> _Extend | None:
+    try:
+        from awscrt import checksums  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    # Releases before 0.23 have no CRC64NVME.
+    extend: _Extend | None = getattr(checksums, name, None)
+    return extend
+
+
+_CRCS: dict[str, Callable[[], _Extend | None]] = {"crc32c": _crc32c, "crc64nvme": _crc64nvme}
+
+
+class _Crc:
+    """A cyclic redundancy check in the shape of a hash object."""
+
+    def __init__(self, extend: _Extend, length: int) -> None:
+        self._extend = extend
+        self._length = length
+        self._value = 0
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        with memoryview(data) as view, view.cast("B") as octets:
+            for start in range(0, len(octets), _READ_SIZE):
+                with octets[start : start + _READ_SIZE] as piece:
+                    self._value = self._extend(piece, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:0{self._length}x}"
 
 
 class MultiHasher:

@@ -5,14 +5,24 @@ from __future__ import annotations
 import hashlib
 import io
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.digest import ALGORITHMS, Digest, MultiHasher, hash_file, new_hasher, tree_digest
-from storage.errors import InvalidInput
+from storage import digest
+from storage.digest import (
+    ALGORITHMS,
+    Digest,
+    MultiHasher,
+    available,
+    hash_file,
+    new_hasher,
+    tree_digest,
+)
+from storage.errors import ConfigurationError, InvalidInput
 
 
 @pytest.mark.parametrize(
@@ -57,6 +67,52 @@ def test_every_algorithm_hashes() -> None:
     # The first vector of the BLAKE3 and SHA-2 papers.
     assert digests["sha256"].hex.startswith("ba7816bf8f01cfea")
     assert digests["blake3"].hex.startswith("6437b3ac38465133")
+
+
+# The check values that the catalogues of CRCs give for these nine digits.
+@pytest.mark.parametrize(
+    ("algorithm", "check"), [("crc32c", "e3069283"), ("crc64nvme", "ae8b14860a799888")]
+)
+def test_checksums_of_stores_are_computed(algorithm: str, check: str) -> None:
+    hasher = new_hasher(algorithm)
+    for piece in (b"12", bytearray(b"345"), memoryview(b"x678x")[1:-1], b"", b"9"):
+        hasher.update(piece)
+    assert hasher.hexdigest() == check
+    assert new_hasher(algorithm).hexdigest() == "0" * len(check)
+    assert Digest.parse(f"{algorithm}:{check}").hex == check
+
+
+def test_all_algorithms_are_available_here() -> None:
+    assert all(map(available, ALGORITHMS))
+    assert not available("crc32")
+
+
+@pytest.mark.parametrize("algorithm", ["crc32c", "crc64nvme"])
+def test_checksum_without_its_package_is_not_available(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("google_crc32c", "awscrt"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for found in (digest._crc32c, digest._crc64nvme):
+        found.cache_clear()
+    try:
+        assert not available(algorithm)
+        with pytest.raises(ConfigurationError, match="awscrt"):
+            new_hasher(algorithm)
+    finally:
+        for found in (digest._crc32c, digest._crc64nvme):
+            found.cache_clear()
+
+
+def test_crc32c_is_the_same_by_either_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 9000
+    first = hash_file(io.BytesIO(data), ("crc32c",))
+    monkeypatch.setitem(sys.modules, "google_crc32c", None)
+    digest._crc32c.cache_clear()
+    try:
+        assert hash_file(io.BytesIO(data), ("crc32c",)) == first
+    finally:
+        digest._crc32c.cache_clear()
 
 
 def test_unknown_algorithm_is_refused() -> None:

@@ -84,6 +84,8 @@ def reply(
     handler.send_response(status)
     handler.send_header("Connection", "close")
     handler.send_header("Content-Length", str(len(body) if announce is None else announce))
+    if status < 300:
+        handler.send_header("ETag", '"of-the-object"')
     for name, value in (headers or {}).items():
         handler.send_header(name, value)
     handler.end_headers()
@@ -196,6 +198,8 @@ def test_server_that_stops_to_take_the_body_is_noticed(size: int) -> None:
         elif handler.command == "DELETE":
             aborted.set()
             reply(handler, 204)
+        elif handler.command == "GET":
+            reply(handler, 404, problem("NoSuchUpload"))
         else:
             handler.rfile.read(1000)
             done.wait(30)
@@ -233,12 +237,16 @@ def test_error_in_the_body_of_a_good_answer_is_an_error() -> None:
             reply(handler, 200, problem("InternalError"))
         elif handler.command == "POST":
             reply(handler, 200, b"<R><UploadId>one</UploadId></R>")
+        elif handler.command == "GET":
+            reply(handler, 404, problem("NoSuchUpload"))
         else:
             reply(handler, 200, headers={"ETag": '"x"'})
 
     with serving(late) as (backend, asked), pytest.raises(TransientError):
         backend.write("a", bytes_payload(bytes(17 * MIB)))
-    assert asked[-1].startswith("DELETE /bucket/a?uploadId=one")
+    assert asked[-2].startswith("DELETE /bucket/a?uploadId=one")
+    # Whether that was all of it.
+    assert asked[-1].startswith("GET /bucket/a?uploadId=one")
 
 
 def test_listing_that_cannot_go_on_is_an_error() -> None:

@@ -39,6 +39,7 @@ from storage.backends.drivers.fsspec_parts import (
     overrides,
     temporary_key,
 )
+from storage.digest import Digest
 from storage.errors import (
     BucketMissingError,
     InvalidInput,
@@ -451,6 +452,10 @@ class FsspecBackend(FsspecStore):
     def is_digest(self, info: ObjectInfo) -> bool:
         """See :meth:`Backend.is_digest`."""
         return False
+
+    def checksums(self, info: ObjectInfo) -> tuple[Digest, ...]:
+        """See :meth:`Backend.checksums`."""
+        return ()
 
     def filesystem(self) -> tuple[AbstractFileSystem, str]:
         """See :meth:`Backend.filesystem`. A new one, which the caller may keep."""

@@ -30,9 +30,12 @@ from storage.errors import (
     one_line,
 )
 
-__all__ = ["Kind", "causes", "classify", "error", "retry_after", "translated"]
+__all__ = ["THROTTLED", "Kind", "causes", "classify", "error", "retry_after", "translated"]
 
 Kind = type[StorageError]
+
+THROTTLED = (429, 503)
+"""Statuses by which a store says that it is asked too often."""
 
 # By top-level package and class, so that no package is imported for its exceptions.
 _NAMES: dict[str, Kind] = {
@@ -167,17 +170,41 @@ def classify(
             return cause
         kind = _kind(cause, names or {})
         if kind is not None:
-            return error(kind, where, _summary(cause), retry_after(_headers(cause)))
+            return error(
+                kind,
+                where,
+                _summary(cause),
+                retry_after(_headers(cause)),
+                throttled=_status(cause) in THROTTLED,
+                stalled=kind is TransientError and "Timeout" in type(cause).__name__,
+            )
     return error(StorageError, where, _summary(exc))
 
 
-def error(kind: Kind, where: str, summary: str, wait: float | None = None) -> StorageError:
-    """Return an error of ``kind`` about ``where``, in the words of that kind."""
+def error(
+    kind: Kind,
+    where: str,
+    summary: str,
+    wait: float | None = None,
+    *,
+    throttled: bool = False,
+    stalled: bool = False,
+) -> StorageError:
+    """Return an error of ``kind`` about ``where``, in the words of that kind.
+
+    Args:
+        kind: its class.
+        where: the object's URI.
+        summary: what the store, or its client, said.
+        wait: seconds that the store asked to wait.
+        throttled: whether the store is asked too often; for what is worth repeating.
+        stalled: whether nothing came for too long; for what is worth repeating.
+    """
     if issubclass(kind, ModelMissingError):
         return kind(where)
     says = _SAYS.get(kind, "the store refused the request ({})").format(one_line(summary))
     if issubclass(kind, TransientError):
-        return kind(f"{where}: {says}", wait)
+        return kind(f"{where}: {says}", wait, throttled=throttled, stalled=stalled)
     return kind(f"{where}: {says}")
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "moment",
     "overrides",
     "run",
+    "send_once",
     "temporary_key",
 ]
 
@@ -212,6 +213,15 @@ class Source:
             if self._failure is not None:
                 raise self._failure from None
             raise
+
+
+def send_once(session: Any) -> None:
+    """Keep a session of aiohttp from sending a PUT again by itself when a connection breaks.
+
+    A write that was applied, and only its answer lost, would be refused as somebody else's.
+    """
+    if hasattr(session, "_retry_connection"):
+        session._retry_connection = False
 
 
 def abandon(file: Any) -> None:

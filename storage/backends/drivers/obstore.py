@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from itertools import chain
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from storage.backends.base import (
     Backend,
@@ -28,8 +27,10 @@ from storage.backends.base import (
     content_digests,
     md5_hint,
 )
+from storage.backends.drivers.obstore_blocks import Blocks, read_apart
 from storage.backends.drivers.obstore_errors import Classify, check_headers, translated
-from storage.backends.drivers.streams import check_size, exactly
+from storage.backends.drivers.streams import genuine
+from storage.digest import Digest
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -43,20 +44,25 @@ from storage.errors import (
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["ObstoreBackend", "expressible"]
+__all__ = ["SINGLE_PUT_LIMIT", "ObstoreBackend", "expressible", "is_lost", "obstore"]
 
 _MIB = 1024 * 1024
 _STREAM_CHUNK = _MIB
 _PART_SIZE = 8 * _MIB
 _UNKNOWN_SIZE_PART = 16 * _MIB
 _MAX_PARTS = 10_000
-_SINGLE_PUT_LIMIT = 8 * _MIB
+SINGLE_PUT_LIMIT = 8 * _MIB
+"""Bytes of a payload of known size that goes up in one request."""
+
 # object_store parses keys as paths and refuses these; the second driver takes them as they are.
 _INEXPRESSIBLE = re.compile(r"(?:^|/)(?:\.{0,2})(?:/|$)|[\x00-\x1f\x7f]")
 
 
 class ObstoreBackend:
     """One bucket through ``obstore``; see :class:`~storage.backends.base.Backend`."""
+
+    _versions_are_guarded = True
+    """Hook. Whether to name a version takes a permission of its own."""
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class ObstoreBackend:
         self._lock = threading.Lock()
         self._opened: tuple[int, Any] | None = None
         self._second_opened: tuple[int, Backend] | None = None
+        self._sends_slowly = False
 
     @property
     def capabilities(self) -> Capabilities:
@@ -115,11 +122,7 @@ class ObstoreBackend:
 
     def _describe(self, key: str, result: Any) -> ObjectInfo:
         """Hook. Return what an answer of obstore's says about an object."""
-        return _info(key, result)
-
-    def _attributes(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        """Hook. Return user metadata as the store can hold it."""
-        return dict(metadata)
+        return genuine(_info(key, result), self._where(key))
 
     def _second(self) -> Backend:
         with self._lock:
@@ -138,7 +141,7 @@ class ObstoreBackend:
         """Tell whether obstore serves ``key``, here; if not, the second driver does."""
         if not key or "\0" in key:
             raise InvalidInput(f"{self._where(key)!r}: a key is not empty and holds no NUL")
-        return expressible(key) and not _is_lost()
+        return expressible(key) and not is_lost()
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         if not self._takes(key):
@@ -148,7 +151,7 @@ class ObstoreBackend:
             options["version"] = version
         try:
             with self._translated(key):
-                info = self._describe(key, _obstore().get(self._reader(), key, options=options))
+                info = self._describe(key, obstore().get(self._reader(), key, options=options))
         except StorageError as exc:
             if type(exc) is not StorageError:
                 raise
@@ -162,50 +165,6 @@ class ObstoreBackend:
             )
         return info
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        if _is_lost() or (prefix and not self._takes(prefix[:-1])):
-            yield from self._second().list(prefix)
-            return
-        seen: set[str] = set()
-        try:
-            for info in self._list(prefix):
-                seen.add(info.key)
-                yield info
-        except InvalidInput:
-            # The store holds a key that object_store cannot express; s3fs and its kin can.
-            for info in self._second().list(prefix):
-                if info.key not in seen:
-                    yield info
-
-    def _list(self, prefix: str) -> Iterator[ObjectInfo]:
-        empty: set[str] = set()
-        with self._translated(prefix):
-            pages = _obstore().list(self._store(), prefix[:-1] or None, chunk_size=1000)
-            for page in pages:
-                for meta in page:
-                    key = meta["path"]
-                    if meta["size"] == 0:
-                        # obstore drops the slash of a directory marker, so "a/" looks like
-                        # an empty file "a". Only the store knows which it is.
-                        if key in empty or not self._exists(key):
-                            continue
-                        empty.add(key)
-                    yield ObjectInfo(
-                        key,
-                        meta["size"],
-                        meta["e_tag"],
-                        _version(meta["version"]),
-                        meta["last_modified"],
-                        hint=md5_hint(meta["e_tag"]),
-                    )
-
-    def _exists(self, key: str) -> bool:
-        try:
-            self.stat(key)
-        except ModelMissingError:
-            return False
-        return True
-
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
         if not self._takes(key):
             return self._second().read(key, span, pin)
@@ -218,14 +177,14 @@ class ObstoreBackend:
             options["version"] = pin.version
         try:
             with self._translated(key):
-                result = _obstore().get(self._reader(), key, options=options)
+                result = obstore().get(self._reader(), key, options=options)
         except AuthenticationError:
-            if not {"version", "if_match"} <= options.keys():
+            if not self._versions_are_guarded or not {"version", "if_match"} <= options.keys():
                 raise
-            # To name a version takes a permission of its own; the ETag is as strict.
+            # The ETag is as strict.
             del options["version"]
             with self._translated(key):
-                result = _obstore().get(self._reader(), key, options=options)
+                result = obstore().get(self._reader(), key, options=options)
         start, end = result.range
         expected = end - start
         if span is not None and (start, end) != (span.start, span.end):
@@ -260,9 +219,9 @@ class ObstoreBackend:
     ) -> ObjectInfo:
         mode = self._mode(key, if_absent, if_match)
         conditional = if_absent or if_match is not None
-        small = payload.size is not None and payload.size <= _SINGLE_PUT_LIMIT
+        small = payload.size is not None and payload.size <= SINGLE_PUT_LIMIT
         # A conditional put of obstore's is one request with everything in memory.
-        if not self._takes(key) or (conditional and not small):
+        if not self._takes(key) or (conditional and not small) or self._sends_slowly:
             return self._second().write(
                 key,
                 payload,
@@ -272,38 +231,71 @@ class ObstoreBackend:
                 if_match=if_match,
                 on_bytes=on_bytes,
             )
-        attributes = self._attributes(metadata or {})
+        attributes = dict(metadata or {})
         if content_type is not None:
             attributes["Content-Type"] = content_type
         check_headers(self._where(key), attributes)
         part_size = _part_size(payload.size)
-        with payload.open() as stream, self._translated(key):
-            blocks = _Blocks(stream, part_size, payload.size, self._where(key), on_bytes)
-            coming = iter(blocks)
-            if payload.size is None:
-                # An upload in parts that turns out to be empty loses its attributes on GCS.
-                first = next(coming, b"")
-                small, coming = len(first) <= _SINGLE_PUT_LIMIT, chain((first,), coming)
-            result = _obstore().put(
-                self._store(),
-                key,
-                b"".join(coming) if small else _read_apart(coming),
-                attributes=attributes or None,
-                mode=mode,
-                use_multipart=not small,
-                chunk_size=part_size,
-                # A part is in memory twice while it is handed over.
-                max_concurrency=max(
-                    1, min(self._options.connections, self._options.memory // (2 * part_size))
-                ),
-            )
-        return ObjectInfo(
-            key,
-            blocks.total,
-            result["e_tag"],
-            _version(result["version"]),
-            hint=md5_hint(result["e_tag"]),
+        try:
+            with payload.open() as stream, self._translated(key):
+                where, hashed = self._where(key), self._hashed(payload.size)
+                blocks = Blocks(stream, part_size, payload.size, where, on_bytes, hashed)
+                coming = iter(blocks)
+                if payload.size is None:
+                    # An upload in parts that turns out to be empty loses its attributes on GCS.
+                    first = next(coming, b"")
+                    small, coming = len(first) <= SINGLE_PUT_LIMIT, chain((first,), coming)
+                watch = nullcontext() if small else self._in_parts(key, payload, blocks)
+                with watch, self._translated(key):
+                    result = obstore().put(
+                        self._store(),
+                        key,
+                        b"".join(coming) if small else read_apart(coming),
+                        attributes=attributes or None,
+                        mode=mode,
+                        use_multipart=not small,
+                        chunk_size=part_size,
+                        # A part is in memory twice while it is handed over.
+                        max_concurrency=max(
+                            1,
+                            min(self._options.connections, self._options.memory // (2 * part_size)),
+                        ),
+                    )
+        except TransientError as exc:
+            # obstore takes the time in which it sends for silence, and so gives up on every
+            # link that is slower than its parts are large. The second driver sees bytes go.
+            if exc.stalled and not self._sends_slowly:
+                self._sends_slowly = self._second_can_write()
+            raise
+        etag = result["e_tag"]
+        stored = ObjectInfo(
+            key, blocks.total, etag, _version(result["version"]), hint=md5_hint(etag)
         )
+        self._check_arrived(stored, blocks, created=if_absent)
+        return stored
+
+    def _second_can_write(self) -> bool:
+        """Hook. Tell whether the second driver can write to this server, too."""
+        return True
+
+    def _hashed(self, size: int | None) -> int:
+        """Hook. Return how many of the first blocks of ``size`` bytes an MD5 is wanted of."""
+        return 0
+
+    def _in_parts(
+        self, key: str, payload: Payload, blocks: Blocks
+    ) -> AbstractContextManager[object]:
+        """Hook. Return what an upload in parts happens in; it sees every failure."""
+        return nullcontext()
+
+    def _check_arrived(self, stored: ObjectInfo, blocks: Blocks, *, created: bool) -> None:
+        """Hook. Raise ``TransientError`` if the store got other bytes than those of ``blocks``.
+
+        Args:
+            stored: what the store says.
+            blocks: what was sent.
+            created: whether the write was told to fail if the key exists.
+        """
 
     def _mode(self, key: str, if_absent: bool, if_match: ObjectInfo | None) -> Any:
         """Hook. Return obstore's mode of a put."""
@@ -330,8 +322,12 @@ class ObstoreBackend:
         if awkward:
             self._second().copy(source, key, version=version, bucket=bucket)
             return
+        self._copy(source, key)
+
+    def _copy(self, source: str, key: str) -> None:
+        """Hook. Let the store copy an object whose keys obstore can name."""
         with self._translated(source):
-            _obstore().copy(self._store(), source, key)
+            obstore().copy(self._store(), source, key)
 
     def delete(self, keys: Sequence[str]) -> None:
         awkward = [key for key in keys if not self._takes(key)]
@@ -342,7 +338,7 @@ class ObstoreBackend:
             return
         try:
             with self._translated(""):
-                _obstore().delete(self._store(), plain)
+                obstore().delete(self._store(), plain)
         except BucketMissingError:
             raise
         except ModelMissingError:
@@ -353,7 +349,7 @@ class ObstoreBackend:
     def _delete_one(self, key: str) -> None:
         try:
             with self._translated(key):
-                _obstore().delete(self._store(), key)
+                obstore().delete(self._store(), key)
         except ModelMissingError:
             return
 
@@ -361,11 +357,14 @@ class ObstoreBackend:
         if not self._takes(key):
             return self._second().sign(key, method, expires)
         with self._translated(key):
-            url: str = _obstore().sign(self._store(), method, key, timedelta(seconds=expires))
+            url: str = obstore().sign(self._store(), method, key, timedelta(seconds=expires))
         return url
 
     def is_digest(self, info: ObjectInfo) -> bool:
         return self._second().is_digest(info)
+
+    def checksums(self, info: ObjectInfo) -> tuple[Digest, ...]:
+        return self._second().checksums(info)
 
     def filesystem(self) -> tuple[AbstractFileSystem, str]:
         return self._second().filesystem()
@@ -396,11 +395,13 @@ def _used_by(pid: int) -> None:
     _runtime_of = _runtime_of or pid
 
 
-def _is_lost() -> bool:
+def is_lost() -> bool:
+    """Tell whether obstore would wait for ever in this process."""
     return _runtime_of not in (None, os.getpid())
 
 
-def _obstore() -> Any:
+def obstore() -> Any:
+    """Return the package."""
     try:
         import obstore
     except ImportError as exc:
@@ -446,46 +447,3 @@ def _part_size(size: int | None) -> int:
         return _UNKNOWN_SIZE_PART
     smallest = -(-size // _MAX_PARTS)
     return max(_PART_SIZE, -(-smallest // _MIB) * _MIB)
-
-
-def _read_apart(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield ``blocks``, each taken by a thread of its own.
-
-    obstore asks for them where it may not be called again, and they may come from it too: a
-    copy from one store to another.
-    """
-    source = iter(blocks)
-    with ThreadPoolExecutor(1, thread_name_prefix="storage-read") as reader:
-        while block := reader.submit(next, source, b"").result():
-            yield block
-
-
-class _Blocks:
-    """A stream as blocks of one part each, counted as they are taken.
-
-    Raises instead of ending if the stream is not of the announced size, so that no wrong
-    object is completed.
-    """
-
-    def __init__(
-        self,
-        stream: BinaryIO,
-        part_size: int,
-        announced: int | None,
-        where: str,
-        on_bytes: Callable[[int], object] | None,
-    ) -> None:
-        self._stream = stream
-        self._part_size = part_size
-        self._announced = announced
-        self._where = where
-        self._on_bytes = on_bytes
-        self.total = 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        while block := exactly(self._stream, self._part_size):
-            self.total += len(block)
-            yield block
-            if self._on_bytes is not None:
-                self._on_bytes(len(block))
-        check_size(self._where, self._announced, self.total)

@@ -31,6 +31,8 @@ __all__ = ["Classify", "check_headers", "fits_header", "translated"]
 _STATUS = re.compile(r"\bStatus \{\s*\n\s*status: (\d{3})")
 _KIND = re.compile(r"\bHttpError \{\s*\n\s*kind: (\w+)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
+# Other requests are at the same key, and nobody has won yet; obstore takes any 409 for a loss.
+_CONFLICTS = ("ConditionalRequestConflict", "OperationAborted")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>|\"message\":\s*\"([^\"]*)\"")
 
 Classify = Callable[[str, str, int, str], StorageError]
@@ -76,7 +78,8 @@ def _error_for(exc: Exception, where: str, classify: Classify) -> StorageError |
 
     text = str(exc)
     head, _, debug = text.partition("\n\nDebug source:")
-    if isinstance(exc, exceptions.AlreadyExistsError):
+    code = found.group(1) if (found := _CODE.search(head)) else ""
+    if isinstance(exc, exceptions.AlreadyExistsError) and code not in _CONFLICTS:
         return ObjectExistsError(f"{where} exists already and is not to be overwritten")
     if isinstance(exc, exceptions.PreconditionError):
         return ObjectChangedError(f"{where} is no longer the version that was asked for")
@@ -85,7 +88,6 @@ def _error_for(exc: Exception, where: str, classify: Classify) -> StorageError |
     if isinstance(exc, exceptions.InvalidPathError):
         return InvalidInput(f"{where}: a key cannot be expressed: {_last(head)}")
     if match := _STATUS.search(debug):
-        code = found.group(1) if (found := _CODE.search(head)) else ""
         message = found.group(1) or found.group(2) if (found := _MESSAGE.search(head)) else ""
         return classify(where, code, int(match.group(1)), message)
     if isinstance(exc, FileNotFoundError):
@@ -114,6 +116,8 @@ def _unanswered(text: str, where: str, head: str) -> StorageError:
             f"{where}: nobody answers at the store's address ({_last(head)}); check the "
             "endpoint, the network and the proxy"
         )
+    if kind == "Timeout":
+        return TransientError(f"{where}: nothing came for too long ({_last(head)})", stalled=True)
     return TransientError(f"{where}: {_last(head)}")
 
 

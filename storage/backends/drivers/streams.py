@@ -7,9 +7,10 @@ import io
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, BinaryIO, Protocol, Self, TypeVar, cast
 
-from storage.backends.base import ByteRange, Payload
+from storage.backends.base import ByteRange, ObjectInfo, Payload
+from storage.digest import Digest, MultiHasher
 from storage.errors import (
     IntegrityError,
     ObjectChangedError,
@@ -17,7 +18,17 @@ from storage.errors import (
     UnsupportedOperation,
 )
 
-__all__ = ["Parts", "Watched", "check_size", "exactly", "extent", "part_sizes", "send_payload"]
+__all__ = [
+    "HashedPayload",
+    "Parts",
+    "Watched",
+    "check_size",
+    "exactly",
+    "extent",
+    "genuine",
+    "part_sizes",
+    "send_payload",
+]
 
 T = TypeVar("T")
 P = TypeVar("P", bound="Parts")
@@ -61,7 +72,10 @@ class Watched(io.BytesIO):
                 while not task.done():
                     await asyncio.wait({task}, timeout=self._limit / 4)
                     idle = time.monotonic() - self._moved
-                    if not task.done() and self.tell() < self._size and idle > self._limit:
+                    # Of an empty body nothing is ever taken, and a client that asked for a "100
+                    # Continue" before it waits for that without a limit.
+                    taken = self.tell() == self._size > 0
+                    if not task.done() and not taken and idle > self._limit:
                         raise TimeoutError(
                             f"the store took {self.tell()} of {self._size} bytes and then none "
                             f"for {self._limit:g} s"
@@ -71,6 +85,23 @@ class Watched(io.BytesIO):
                 if not task.done():
                     task.cancel()
                     await asyncio.wait({task})
+
+
+def genuine(info: ObjectInfo, where: str) -> ObjectInfo:
+    """Return what an answer says about an object, if an object store said it.
+
+    All of them tell an entity tag. An error's document that comes with the status of a success,
+    from whatever stands on the way, does not.
+
+    Raises:
+        TransientError: the answer is none of an object store.
+    """
+    if info.etag is None and info.version is None:
+        raise TransientError(
+            f"{where}: the answer has no entity tag, as every object has one; it is not the "
+            "store's; if that goes on, check the endpoint and the proxy"
+        )
+    return info
 
 
 def exactly(stream: Any, size: int) -> bytes:
@@ -108,6 +139,49 @@ def part_sizes(
     while True:
         yield part << (number // double_after)
         number += 1
+
+
+class HashedPayload:
+    """A payload whose bytes are hashed while whoever sends it reads them, once and in order."""
+
+    def __init__(self, payload: Payload, *algorithms: str) -> None:
+        """Hash ``payload`` by ``algorithms``."""
+        self.payload = Payload(self._open, payload.size)
+        """To be sent in the place of the one that was given."""
+        self._source = payload
+        self._algorithms = algorithms
+        self._hasher = MultiHasher(())
+
+    @property
+    def digests(self) -> dict[str, Digest]:
+        """Of what was read since it was opened last; none if it never was."""
+        return self._hasher.digests()
+
+    def _open(self) -> BinaryIO:
+        self._hasher = MultiHasher(self._algorithms)
+        return cast("BinaryIO", _Hashed(self._source.open(), self._hasher))
+
+
+class _Hashed:
+    """A stream that hashes what is read from it."""
+
+    def __init__(self, stream: BinaryIO, hasher: MultiHasher) -> None:
+        self._stream = stream
+        self._hasher = hasher
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._stream.read(size)
+        self._hasher.update(block)
+        return block
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
 class Parts(Protocol):

@@ -5,12 +5,19 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from storage.backends.base import ObjectInfo, content_digests, md5_hint
-from storage.backends.drivers.fsspec_errors import Kind, causes, classify, error, retry_after
-from storage.digest import Digest
+from storage.backends.drivers.fsspec_errors import (
+    THROTTLED,
+    Kind,
+    causes,
+    classify,
+    error,
+    retry_after,
+)
+from storage.digest import Digest, available
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -26,7 +33,44 @@ from storage.errors import (
     one_line,
 )
 
-__all__ = ["classify_s3", "described", "from_code", "translated", "version_of"]
+__all__ = [
+    "EXPIRED",
+    "classify_s3",
+    "code_of",
+    "damaged",
+    "described",
+    "encrypted",
+    "from_code",
+    "kept_with",
+    "stored_digests",
+    "translated",
+    "version_of",
+]
+
+EXPIRED = frozenset(("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"))
+"""Codes of answers to credentials that were good once."""
+
+# Some come with status 400 or 500, or in the body of a success.
+_THROTTLING = frozenset(
+    (
+        "RequestLimitExceeded",
+        "ServiceUnavailable",
+        "SlowDown",
+        "SlowDownRead",
+        "SlowDownWrite",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "XMinioServerNotInitialized",
+    )
+)
+# The cheapest one that is good enough first.
+_CHECKSUMS = {
+    "crc64nvme": "ChecksumCRC64NVME",
+    "crc32c": "ChecksumCRC32C",
+    "sha256": "ChecksumSHA256",
+    "sha1": "ChecksumSHA1",
+}
 
 _CODES: dict[str, Kind] = {
     "AccessDenied": AuthenticationError,
@@ -69,6 +113,8 @@ _CODES: dict[str, Kind] = {
     "ServiceUnavailable": TransientError,
     "SignatureDoesNotMatch": AuthenticationError,
     "SlowDown": TransientError,
+    "SlowDownRead": TransientError,
+    "SlowDownWrite": TransientError,
     "TemporaryRedirect": ConfigurationError,
     "Throttling": TransientError,
     "ThrottlingException": TransientError,
@@ -76,6 +122,7 @@ _CODES: dict[str, Kind] = {
     "TooManyRequests": TransientError,
     "UnauthorizedAccess": AuthenticationError,
     "XAmzContentSHA256Mismatch": TransientError,
+    "XMinioServerNotInitialized": TransientError,
     "XMinioStorageFull": InsufficientSpaceError,
 }
 _STATUS: dict[int, Kind] = {
@@ -127,6 +174,19 @@ _NAMES: dict[str, Kind] = {
     "builtins.TypeError": ConfigurationError,
     "builtins.ValueError": ConfigurationError,
 }
+# A request that may have been received is not one that reached nobody.
+_BROKEN: dict[str, Kind] = {"botocore.EndpointConnectionError": TransientError}
+
+
+# What belongs to an object beside its bytes and its user metadata.
+_STANDARD = (
+    "CacheControl",
+    "ContentDisposition",
+    "ContentEncoding",
+    "ContentLanguage",
+    "ContentType",
+    "StorageClass",
+)
 
 
 @contextmanager
@@ -157,7 +217,26 @@ def classify_s3(exc: BaseException, where: str) -> StorageError:
                 str(problem.get("Message", "")),
                 meta.get("HTTPHeaders"),
             )
-    return classify(exc, where, _NAMES)
+    broken = any(_was_connected(cause) for cause in causes(exc))
+    return classify(exc, where, _NAMES | _BROKEN if broken else _NAMES)
+
+
+def _was_connected(exc: BaseException) -> bool:
+    """Tell whether aiobotocore says "cannot connect" of a connection that broke later."""
+    reason = (getattr(exc, "kwargs", None) or {}).get("error")
+    if type(exc).__name__ != "EndpointConnectionError" or reason is None:
+        return False
+    lineage = {cls.__name__ for cls in type(reason).__mro__}
+    return "ClientConnectionError" in lineage and "ClientConnectorError" not in lineage
+
+
+def code_of(exc: BaseException) -> str:
+    """Return the code of the error answer that botocore raised ``exc`` for, if it did."""
+    for cause in causes(exc):
+        response = getattr(cause, "response", None)
+        if isinstance(response, Mapping) and "Error" in response:
+            return str(response["Error"].get("Code", ""))
+    return ""
 
 
 def from_code(
@@ -188,16 +267,45 @@ def from_code(
     kind = _CODES.get(code)
     if kind is None:
         kind = _STATUS.get(status, TransientError if status >= 500 else StorageError)
-    return error(kind, where, summary, retry_after(headers))
+    throttled = status in THROTTLED or code in _THROTTLING
+    return error(kind, where, summary, retry_after(headers), throttled=throttled)
+
+
+def damaged(where: str, sent: str, stored: str) -> TransientError:
+    """Return the error for a store that got other bytes than it was sent.
+
+    Args:
+        where: the object's URI.
+        sent: the ETag of what was sent.
+        stored: that of what the store has.
+    """
+    return TransientError(
+        f"{where}: what was sent has the ETag {sent}, what the store got {stored}: it was damaged "
+        "on the way and has to be sent again"
+    )
+
+
+def encrypted(answer: Mapping[str, Any]) -> bool:
+    """Tell whether an object's ETag is no MD5 because it is encrypted by a key of the user's.
+
+    Args:
+        answer: headers, names in lower case, or what botocore makes of them.
+    """
+    encryption = (
+        answer.get("x-amz-server-side-encryption") or answer.get("ServerSideEncryption") or ""
+    )
+    return (
+        str(encryption).startswith("aws:kms")
+        or "x-amz-server-side-encryption-customer-algorithm" in answer
+        or "SSECustomerAlgorithm" in answer
+    )
 
 
 def described(key: str, answer: Mapping[str, Any], size: int | None) -> ObjectInfo:
     """Return what an answer about an object says, of ``size`` in whole."""
     metadata = {name.lower(): value for name, value in (answer.get("Metadata") or {}).items()}
     digests = content_digests(metadata)
-    stored = _stored_sha256(answer)
-    if stored is not None and stored not in digests:
-        digests = (*digests, stored)
+    digests += tuple(one for one in stored_digests(answer) if one not in digests)
     etag = answer.get("ETag")
     return ObjectInfo(
         key,
@@ -212,6 +320,12 @@ def described(key: str, answer: Mapping[str, Any], size: int | None) -> ObjectIn
     )
 
 
+def kept_with(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an answer says is kept with an object, as arguments that keep it with another."""
+    found = {name: answer[name] for name in _STANDARD if answer.get(name)}
+    return {**found, "Metadata": answer.get("Metadata", {})}
+
+
 def version_of(answer: Mapping[str, Any]) -> str | None:
     """Return the version that an answer names, if the bucket keeps versions."""
     # "null" is what is there without a version, and no name of any content.
@@ -219,13 +333,23 @@ def version_of(answer: Mapping[str, Any]) -> str | None:
     return found if found != "null" else None
 
 
-def _stored_sha256(answer: Mapping[str, Any]) -> Digest | None:
-    """Return the SHA-256 that the store itself keeps, if it is of the whole object."""
-    value = answer.get("ChecksumSHA256")
-    if not value or answer.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
-        return None
-    try:
-        return Digest("sha256", base64.b64decode(value, validate=True).hex())
-    except (binascii.Error, InvalidInput):
-        # That of parts ends in their number.
-        return None
+def stored_digests(answer: Mapping[str, Any]) -> tuple[Digest, ...]:
+    """Return the checksums of a whole object that the store keeps, those that can be computed here.
+
+    That of an upload in parts may be one of the parts' checksums instead, in which case the
+    store says so by its type or a number at its end. One that says neither is not trusted.
+
+    Args:
+        answer: headers, names in lower case, or what botocore makes of them.
+    """
+    etag = str(answer.get("ETag") or answer.get("etag") or "").strip('"')
+    kind = answer.get("ChecksumType") or answer.get("x-amz-checksum-type")
+    if (kind or ("COMPOSITE" if "-" in etag else "FULL_OBJECT")) != "FULL_OBJECT":
+        return ()
+    found = []
+    for algorithm, name in _CHECKSUMS.items():
+        value = answer.get(name) or answer.get(f"x-amz-checksum-{algorithm}")
+        if value and available(algorithm):
+            with suppress(binascii.Error, InvalidInput):
+                found.append(Digest(algorithm, base64.b64decode(value, validate=True).hex()))
+    return tuple(found)

@@ -6,6 +6,7 @@ the config chooses s3fs for everything.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from storage.backends.base import Backend, Capabilities, OpenOptions
 from storage.backends.network import Network, with_timeouts
+from storage.backends.s3.answers import from_code
 from storage.errors import AuthenticationError, ConfigurationError, one_line
 
 if TYPE_CHECKING:
+    from storage.backends.s3.signed import Refusal, SignedClient
     from storage.config import S3Config
     from storage.uri import Location
 
@@ -23,7 +26,7 @@ __all__ = ["obstore_arguments", "open_backend", "s3fs_arguments"]
 
 _COPY_LIMIT = 5 * 1024**3
 _CREDENTIALS_TTL = timedelta(minutes=10)
-_CAPABILITIES = Capabilities(copy_across=True, if_match=True, sign=True)
+_CAPABILITIES = Capabilities(copy_across=True, if_match=True, sign=True, checksums=True)
 
 
 def open_backend(location: Location, config: S3Config | None, options: OpenOptions) -> Backend:
@@ -32,15 +35,32 @@ def open_backend(location: Location, config: S3Config | None, options: OpenOptio
     uri = f"s3://{bucket}/"
     copy_limit = config.copy_part_limit if config is not None else _COPY_LIMIT
     options = with_timeouts(options, config)
+    checksum = _upload_checksum(config)
+
+    @functools.cache
+    def client(options: OpenOptions, refusal: Refusal = from_code) -> SignedClient:
+        from storage.backends.s3.signed import SignedClient
+
+        arguments = obstore_arguments(bucket, config, options)
+        return SignedClient(bucket, arguments, _network(config), options, refusal)
 
     def second() -> Backend:
         from storage.backends.s3.fsspec import S3FsspecBackend
 
-        return S3FsspecBackend(bucket, s3fs_arguments(config), options, copy_limit=copy_limit)
+        return S3FsspecBackend(
+            bucket,
+            s3fs_arguments(config),
+            options,
+            copy_limit=copy_limit,
+            checksum=checksum,
+            client=client,
+        )
 
     if config is not None and config.driver == "fsspec":
         return second()
-    from storage.backends.drivers.obstore import ObstoreBackend
+    from storage.backends.s3.obstore import S3ObstoreBackend
+
+    signed_with: dict[str, Any] = {}
 
     def make_store() -> Any:
         try:
@@ -52,13 +72,31 @@ def open_backend(location: Location, config: S3Config | None, options: OpenOptio
             ) from exc
         arguments = obstore_arguments(bucket, config, options)
         if provider := arguments.get("credential_provider"):
-            provider()  # what fails in here keeps its own error; obstore would wrap it
+            # What fails in here keeps its own error; obstore would wrap it.
+            signed_with.update(provider())
         return S3Store(bucket, **arguments)
 
-    from storage.backends.s3.answers import from_code
+    def renewed() -> bool:
+        provider = obstore_arguments(bucket, config, options).get("credential_provider")
+        if provider is None or not signed_with:
+            return False
+        found = provider()
+        client.cache_clear()
+        return any(
+            found[name] != signed_with[name]
+            for name in ("access_key_id", "secret_access_key", "token")
+        )
 
-    return ObstoreBackend(
-        uri, "s3", make_store, options, _CAPABILITIES, second, from_code, copy_limit
+    return S3ObstoreBackend(
+        uri,
+        make_store,
+        options,
+        _CAPABILITIES,
+        second,
+        copy_limit,
+        client,
+        renewed,
+        checksum=checksum,
     )
 
 
@@ -90,6 +128,9 @@ def obstore_arguments(bucket: str, config: S3Config | None, options: OpenOptions
         arguments["credential_provider"] = _credential_provider(config)
     if config is not None and config.requester_pays:
         arguments["request_payer"] = True
+    checksum = _upload_checksum(config)
+    if checksum in ("sha256", "crc64nvme"):
+        arguments["checksum_algorithm"] = checksum.upper()
     return arguments
 
 
@@ -168,6 +209,14 @@ def _endpoint(config: S3Config | None) -> str | None:
     if "://" not in endpoint:
         endpoint = f"http{'s' if use_ssl else ''}://{endpoint}"
     return endpoint.rstrip("/")
+
+
+def _upload_checksum(config: S3Config | None) -> str:
+    chosen = config.upload_checksum if config is not None else "auto"
+    if chosen != "auto":
+        return chosen
+    # Stores other than AWS's have known the one for longer than the other.
+    return "crc64nvme" if _endpoint(config) is None else "sha256"
 
 
 def _network(config: S3Config | None) -> Network:

@@ -24,10 +24,28 @@ from storage.backends.base import (
 )
 from storage.backends.drivers.fsspec import MIB, FsspecBackend
 from storage.backends.drivers.fsspec_parts import Chunks, arriving, run
-from storage.backends.drivers.streams import Watched, extent, send_payload
-from storage.backends.s3.answers import described, from_code, translated, version_of
+from storage.backends.drivers.streams import Watched, extent, genuine, send_payload
+from storage.backends.s3.answers import (
+    described,
+    encrypted,
+    from_code,
+    kept_with,
+    stored_digests,
+    translated,
+    version_of,
+)
+from storage.backends.s3.leftovers import Leftovers
 from storage.backends.s3.multipart import MultipartUpload, part_sizes
-from storage.backends.s3.session import PLAIN_ARGUMENTS, new_session
+from storage.backends.s3.protection import Protection
+from storage.backends.s3.session import (
+    PLAIN_ARGUMENTS,
+    client_config,
+    new_session,
+    presigned,
+    sending_once,
+)
+from storage.backends.s3.signed import SignedClient
+from storage.digest import Digest
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -37,6 +55,7 @@ from storage.errors import (
     ObjectChangedError,
     ObjectExistsError,
     StorageError,
+    TransientError,
     one_line,
 )
 
@@ -57,15 +76,6 @@ _METHODS = {
 }
 # XML 1.0 has no way to write these, and DeleteObjects is XML.
 _NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
-# What belongs to an object beside its bytes and its user metadata.
-_STANDARD = (
-    "CacheControl",
-    "ContentDisposition",
-    "ContentEncoding",
-    "ContentLanguage",
-    "ContentType",
-    "StorageClass",
-)
 
 
 class S3FsspecBackend(FsspecBackend):
@@ -79,6 +89,8 @@ class S3FsspecBackend(FsspecBackend):
         name: str = "s3 (s3fs)",
         *,
         copy_limit: int = _COPY_LIMIT,
+        checksum: str = "sha256",
+        client: Callable[[OpenOptions], SignedClient] | None = None,
     ) -> None:
         """Describe the bucket; nothing is imported or opened yet.
 
@@ -89,15 +101,20 @@ class S3FsspecBackend(FsspecBackend):
             name: of the driver, for messages.
             copy_limit: bytes of the largest object that one copy request may copy; larger
                 ones are copied in parts.
+            checksum: ``S3Config.upload_checksum``, but for ``auto``.
+            client: returns a client that finds uploads whose name was lost, where there may
+                be such.
         """
         super().__init__("s3", bucket, arguments, options, name)
         self._bucket = bucket
         self._copy_limit = copy_limit
+        self._protection = Protection(checksum)
+        self._leftovers = client and Leftovers(self._uri, client, self._options)
 
     @property
     def capabilities(self) -> Capabilities:
         """Everything."""
-        return Capabilities(copy_across=True, if_match=True, sign=True)
+        return Capabilities(copy_across=True, if_match=True, sign=True, checksums=True)
 
     # --- the client ------------------------------------------------------------------------
 
@@ -122,22 +139,11 @@ class S3FsspecBackend(FsspecBackend):
             for name in ("credential_provider", "metadata_endpoint")
             if name in arguments
         }
-        config: dict[str, Any] = {
-            "connect_timeout": self._options.connect_timeout,
-            "read_timeout": self._options.stall_timeout,
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-            **(arguments.get("config_kwargs") or {}),
-            # Twice what the engine uses, because a thread that writes what it reads from the
-            # same bucket holds two connections and must not wait for the second for ever.
-            "max_pool_connections": 2 * self._options.connections,
-            # One call is one attempt; the transfer layer repeats.
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
+        given = arguments.get("config_kwargs") or {}
+        arguments["config_kwargs"] = {
+            **sending_once(),
+            **client_config(self._bucket, self._options, given),
         }
-        if not self._bucket.endswith("--x-s3"):
-            # Or presigned URLs are of version 2 in some regions. Express buckets sign their way.
-            config.setdefault("signature_version", "s3v4")
-        arguments["config_kwargs"] = config
         arguments["skip_instance_cache"] = True
         cls = self._implementation()
         if PLAIN_ARGUMENTS.issuperset(arguments):
@@ -174,9 +180,10 @@ class S3FsspecBackend(FsspecBackend):
         self._check_key(key)
         answer = self._head(key, version, bucket, ChecksumMode="ENABLED")
         self._check_version(key, version, answer)
-        info = described(key, answer, answer.get("ContentLength"))
+        where = f"s3://{bucket}/{key}"
+        info = genuine(described(key, answer, answer.get("ContentLength")), where)
         if info.size == 0 and key.endswith("/"):
-            raise ModelMissingError(f"s3://{bucket}/{key}")
+            raise ModelMissingError(where)
         return info
 
     def _head(self, key: str, version: str | None, bucket: str, **arguments: str) -> dict[str, Any]:
@@ -221,6 +228,11 @@ class S3FsspecBackend(FsspecBackend):
         while True:
             with translated(self.where(prefix)):
                 page = self._call("list_objects_v2", **arguments)
+            if "IsTruncated" not in page:
+                raise TransientError(
+                    f"{self.where(prefix)}: the answer is no listing, and not the store's; if that "
+                    "goes on, check the endpoint and the proxy"
+                )
             for entry in page.get("Contents", ()):
                 if entry["Key"].endswith("/") and entry["Size"] == 0:
                     continue
@@ -244,12 +256,17 @@ class S3FsspecBackend(FsspecBackend):
     def is_digest(self, info: ObjectInfo) -> bool:
         """See :meth:`Backend.is_digest`."""
         answer = self._head(info.key, info.version, self._bucket)
-        encryption = str(answer.get("ServerSideEncryption", ""))
-        return not (
-            encryption.startswith("aws:kms")
-            or "SSECustomerAlgorithm" in answer
-            or answer.get("ETag") != info.etag
-        )
+        if answer.get("ETag") != info.etag:
+            raise ObjectChangedError(f"{self.where(info.key)} was replaced since it was read")
+        return not encrypted(answer)
+
+    def checksums(self, info: ObjectInfo) -> tuple[Digest, ...]:
+        """See :meth:`Backend.checksums`. What a listing leaves out; ``stat`` tells them all."""
+        try:
+            answer = self._head(info.key, info.version, self._bucket, ChecksumMode="ENABLED")
+        except ModelMissingError:
+            return ()
+        return stored_digests(answer) if answer.get("ETag") == info.etag else ()
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -263,7 +280,7 @@ class S3FsspecBackend(FsspecBackend):
             size, length = extent(
                 self.where(key), span, answer.get("ContentLength"), answer.get("ContentRange")
             )
-            info = described(key, answer, size)
+            info = genuine(described(key, answer, size), self.where(key))
             if pin is not None and pin.differs_from(info):
                 raise ObjectChangedError(f"{self.where(key)} was replaced since it was looked at")
         except BaseException:
@@ -371,20 +388,41 @@ class S3FsspecBackend(FsspecBackend):
         self, data: bytes, attributes: dict[str, Any], condition: dict[str, str]
     ) -> dict[str, Any]:
         fs = self._shared()
+        where = self.where(attributes["Key"])
         body = Watched(data, self._options.stall_timeout)
+        sent = self._protection.of(data, whole=True)
+        arguments = {**attributes, **condition, **sent.headers}
 
         def request() -> Coroutine[Any, Any, dict[str, Any]]:
-            return self._request("put_object", Body=body, **attributes, **condition)
+            return self._request("put_object", Body=body, **arguments)
 
-        with translated(self.where(attributes["Key"])):
-            return run(fs, body.sent_by(request, fs.upload_slots))
+        with translated(where):
+            answer = run(fs, body.sent_by(request, fs.upload_slots))
+        try:
+            sent.check(where, answer)
+        except TransientError:
+            if "IfNoneMatch" in condition:
+                # It is nobody else's, and the next attempt is not to take it for that.
+                self.delete([attributes["Key"]])
+            raise
+        return answer
 
     def _multipart(
-        self, attributes: dict[str, Any], on_bytes: Callable[[int], object] | None = None
+        self,
+        attributes: dict[str, Any],
+        on_bytes: Callable[[int], object] | None = None,
+        protection: Protection | None = None,
     ) -> MultipartUpload:
         where = self.where(attributes["Key"])
         return MultipartUpload(
-            self._shared(), self._request, attributes, self._options, where, on_bytes
+            self._shared(),
+            self._request,
+            attributes,
+            self._options,
+            where,
+            on_bytes,
+            protection if protection is not None else self._protection,
+            self._leftovers,
         )
 
     def copy(
@@ -410,10 +448,9 @@ class S3FsspecBackend(FsspecBackend):
     def _copy_in_parts(self, key: str, size: int, condition: dict[str, Any]) -> None:
         origin = condition["CopySource"]
         answer = self._head(origin["Key"], origin.get("VersionId"), origin["Bucket"])
-        attributes = {name: answer[name] for name in _STANDARD if answer.get(name)}
-        attributes |= {"Key": key, "Metadata": answer.get("Metadata", {})}
+        attributes = {"Key": key, **kept_with(answer)}
         step = max(min(self._copy_limit, _COPY_PART), -(-size // _MAX_PARTS))
-        with self._multipart(attributes) as upload:
+        with self._multipart(attributes, protection=Protection("off")) as upload:
             for start in range(0, size, step):
                 end = min(start + step, size)
                 upload.copy(CopySourceRange=f"bytes={start}-{end - 1}", **condition)
@@ -428,21 +465,16 @@ class S3FsspecBackend(FsspecBackend):
                 answer = self._call("delete_objects", Delete={"Objects": objects, "Quiet": True})
             for problem in answer.get("Errors", ()):
                 if problem.get("Code") != "NoSuchKey":
-                    raise self._undeleted(problem)
+                    raise from_code(
+                        self.where(problem.get("Key", "")),
+                        problem.get("Code", ""),
+                        200,
+                        problem.get("Message", ""),
+                    )
         for key in keys:
             if _NOT_XML.search(key):
                 with translated(self.where(key)):
                     self._call("delete_object", Key=key)
-
-    def _undeleted(self, problem: Mapping[str, Any]) -> StorageError:
-        return from_code(
-            self.where(problem.get("Key", "")),
-            problem.get("Code", ""),
-            200,
-            problem.get("Message", ""),
-        )
-
-    # --- the rest --------------------------------------------------------------------------
 
     def sign(self, key: str, method: str, expires: float) -> str:
         """See :meth:`Backend.sign`."""
@@ -457,16 +489,8 @@ class S3FsspecBackend(FsspecBackend):
         if operation == "get_object" and fs.requester_pays:
             parameters["RequestPayer"] = "requester"
 
-        async def make() -> str:
-            await fs.set_session()
-            client = await fs.get_s3(self._bucket)
-            url: str = await client.generate_presigned_url(
-                operation, Params=parameters, ExpiresIn=max(1, int(expires))
-            )
-            return url
-
         with translated(self.where(key)):
-            return run(fs, make())
+            return run(fs, presigned(fs, operation, parameters, max(1, int(expires))))
 
     def filesystem(self) -> tuple[AbstractFileSystem, str]:
         """See :meth:`Backend.filesystem`. An ``s3fs.S3FileSystem`` with all its own habits."""

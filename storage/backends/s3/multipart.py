@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -13,8 +15,10 @@ from storage.backends.base import OpenOptions
 from storage.backends.drivers import streams
 from storage.backends.drivers.fsspec_parts import run
 from storage.backends.drivers.streams import Watched
-from storage.backends.s3.answers import translated
-from storage.errors import one_line
+from storage.backends.s3.answers import code_of, translated
+from storage.backends.s3.leftovers import Leftovers, advice
+from storage.backends.s3.protection import Protection
+from storage.errors import StorageError, TransientError
 
 __all__ = ["MultipartUpload", "Request", "part_sizes"]
 
@@ -24,6 +28,8 @@ Request = Callable[..., Coroutine[Any, Any, Answer]]
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB
 _MAX_PARTS = 10_000
+# Seconds before each attempt to abort.
+_ABORTS = (0.0, 0.3, 1.0, 2.0)
 _log = logging.getLogger(__name__)
 
 
@@ -44,6 +50,8 @@ class MultipartUpload:
         options: OpenOptions,
         where: str,
         on_bytes: Callable[[int], object] | None = None,
+        protection: Protection | None = None,
+        leftovers: Leftovers | None = None,
     ) -> None:
         """Describe the upload; entering the block begins it.
 
@@ -54,13 +62,19 @@ class MultipartUpload:
             options: how many requests and bytes may be under way.
             where: the object's URI, for messages.
             on_bytes: called with the size of each part that has arrived.
+            protection: what goes with the parts that are sent.
+            leftovers: removes what this upload cannot remove itself.
         """
         self._fs = fs
         self._request = request
         self._attributes = attributes
+        self._key: str = attributes["Key"]
         self._options = options
         self._where = where
         self._on_bytes = on_bytes
+        self._protection = protection or Protection("off")
+        self._leftovers = leftovers
+        self._watch = ExitStack()
         self._upload: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pending: dict[Future[Answer], int] = {}
@@ -68,7 +82,22 @@ class MultipartUpload:
         self._number = 0
 
     def __enter__(self) -> Self:
-        request = self._request("create_multipart_upload", **self._attributes)
+        watch = nullcontext() if self._leftovers is None else self._leftovers.removed(self._key)
+        with ExitStack() as stack:
+            failed = stack.enter_context(watch)
+            try:
+                self._begin()
+            except TransientError:
+                # The store may have begun it, and told nobody its name.
+                if failed is not None:
+                    failed(lambda _, etags: not etags)
+                raise
+            self._watch = stack.pop_all()
+        return self
+
+    def _begin(self) -> None:
+        arguments = {**self._attributes, **self._protection.announced()}
+        request = self._request("create_multipart_upload", **arguments)
         future = asyncio.run_coroutine_threadsafe(request, self._fs.loop)
         with translated(self._where):
             try:
@@ -77,30 +106,57 @@ class MultipartUpload:
                 # Given up while the answer is on its way: what it begins must end, too.
                 future.add_done_callback(self._abort_late)
                 raise
-        return self
 
     def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
-        if exc is None:
-            return
+        with self._watch:
+            if exc is not None:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        problem: Exception | None = None
+        for pause in _ABORTS:
+            time.sleep(pause)
+            try:
+                with translated(self._where):
+                    run(self._fs, self._abort())
+                if self._is_gone():
+                    return
+                problem = TransientError(f"the store still has the upload {self._upload}")
+            except TransientError as exc:
+                if code_of(exc) == "NoSuchUpload":
+                    return  # aborted the last time, and the answer was lost
+                problem = exc
+            except Exception as exc:  # noqa: BLE001 -- the first failure is the one to report
+                problem = exc
+                break
+        if problem is not None:
+            _log.warning("%s", advice(self._where, problem))
+
+    def _is_gone(self) -> bool:
+        """Tell whether an abort has done all: a part may have come after it."""
         try:
-            run(self._fs, self._abort())
-        except Exception as problem:  # noqa: BLE001 -- the first failure is the one to report
-            _log.warning(
-                "%s: the parts of a failed upload could not be removed and may be charged for: %s",
-                self._where,
-                one_line(problem),
-            )
+            with translated(self._where):
+                run(self._fs, self._request("list_parts", **self._upload))
+        except TransientError as exc:
+            return code_of(exc) == "NoSuchUpload"
+        except StorageError:
+            return True  # who may upload need not be allowed to look
+        return False
 
     def send(self, data: bytes) -> None:
         """Upload the next part, once there is room for it."""
+        sent = self._protection.of(data)
 
         async def upload(number: int) -> Answer:
             body = Watched(data, self._options.stall_timeout)
             answer = await body.sent_by(
-                lambda: self._request("upload_part", PartNumber=number, Body=body, **self._upload),
+                lambda: self._request(
+                    "upload_part", PartNumber=number, Body=body, **self._upload, **sent.headers
+                ),
                 self._fs.upload_slots,
             )
-            return {"PartNumber": number, "ETag": answer["ETag"]}
+            sent.check(self._where, answer)
+            return {"PartNumber": number, "ETag": answer["ETag"], **sent.headers}
 
         # A part is in memory twice while it is sent. Two more are: this one, and the one that
         # is read meanwhile.
@@ -161,7 +217,7 @@ class MultipartUpload:
             self._tasks.discard(task)
 
     def _named(self, answer: Answer) -> dict[str, Any]:
-        return {"Key": self._attributes["Key"], "UploadId": answer["UploadId"]}
+        return {"Key": self._key, "UploadId": answer["UploadId"]}
 
     async def _abort(self) -> None:
         # A part that arrives after the abort would stay: wait until each has ended.
