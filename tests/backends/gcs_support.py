@@ -51,9 +51,6 @@ FAKE_GCS_OBSTORE_EXCEPTIONS: dict[str, str] = {
     "test_write_makes_no_bucket": (
         "fake-gcs-server answers an upload by the XML API to no bucket by a plain 404 or 400"
     ),
-    "test_missing_bucket_is_no_empty_bucket": (
-        "fake-gcs-server answers 500 to a listing of no bucket by the XML API"
-    ),
 }
 """The same for what obstore sends it."""
 

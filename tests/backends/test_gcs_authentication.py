@@ -20,11 +20,13 @@ import trustme
 from storage import StorageClient
 from storage.backends import open_backend
 from storage.backends.base import Backend, OpenOptions, bytes_payload
+from storage.backends.gcs.auth import TokenSource
 from storage.config import GCSConfig
 from storage.errors import (
     AuthenticationError,
     ConfigurationError,
     InvalidInput,
+    TransientError,
     UnreachableError,
     UnsupportedOperation,
 )
@@ -413,6 +415,35 @@ def test_nobody_issues_tokens(seen: Callable[..., set[str | None]], tokens: Goog
     key = tokens.service_account() | {"token_uri": f"http://{HOST}:{free_port()}/token"}
     with pytest.raises(UnreachableError):
         seen(service_account_key=key)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (500, {"error": "internal_failure"}),
+        (503, ""),
+        (429, {}),
+        (200, []),
+        (200, None),
+        (200, "<html>"),
+        (200, 5),
+        (200, {"access_token": 5, "expires_in": 3600}),
+        (200, {"access_token": "a", "expires_in": "soon"}),
+    ],
+    ids=repr,
+)
+def test_a_token_that_is_not_given_is_asked_for_again_by_who_asked(
+    tokens: GoogleTokens, answer: tuple[int, Any]
+) -> None:
+    source = TokenSource(json.dumps(tokens.service_account()))
+    tokens.instead.append(answer)
+    before = len(tokens.asked)
+    with pytest.raises(TransientError, match="issues Google's tokens") as caught:
+        source()
+    # Not again and again by google-auth itself.
+    assert len(tokens.asked) == before + 1
+    assert caught.value.throttled == (answer[0] in (429, 503))
+    assert source()[0] == "token-of-the-robot"
 
 
 # --- presigned URLs ------------------------------------------------------------------------------

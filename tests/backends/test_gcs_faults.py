@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from hashlib import md5
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -317,7 +319,7 @@ def test_anonymous_reads_no_file_of_the_environment(
 
 
 def test_empty_payload_of_unknown_size_keeps_its_metadata(opened: Callable[..., Backend]) -> None:
-    headers = {"ETag": '"tag"', "x-goog-generation": "7"}
+    headers = {"ETag": f'"{md5(b"").hexdigest()}"', "x-goog-generation": "7"}
     with OddHTTP(lambda request: Reply(headers=headers)) as server:
         payload = Payload(lambda: io.BytesIO(b""), None)
         backend = opened(server.url, "obstore")
@@ -388,14 +390,25 @@ def test_what_one_driver_says_pins_the_reads_of_the_other(
                 read(backend, "m/a", ByteRange(1, 3), info)
 
 
-def test_listing_of_one_driver_is_a_condition_for_both(
+def test_listing_of_one_driver_is_a_condition_for_the_other(
     both: tuple[Backend, Backend], gcs_server: FakeGCS, gcs_bucket: str
 ) -> None:
-    # obstore's listing tells no generation, and its own writes cannot be tested on this server.
+    for backend in both:
+        stored = gcs_server.put_raw(gcs_bucket, "m/a", b"1")
+        [info] = backend.list("m/")
+        assert info.version == stored["generation"]
+        both[1].write("m/a", bytes_payload(b"22"), if_match=info)
+        assert gcs_server.get_raw(gcs_bucket, "m/a") == b"22"
+        with pytest.raises(ObjectChangedError):
+            both[1].write("m/a", bytes_payload(b"333"), if_match=info)
+
+
+def test_entity_tag_alone_is_a_condition_for_both(
+    both: tuple[Backend, Backend], gcs_server: FakeGCS, gcs_bucket: str
+) -> None:
     for backend in both:
         gcs_server.put_raw(gcs_bucket, "m/a", b"1")
-        [info] = both[0].list("m/")
-        assert info.version is None
+        info = replace(both[0].stat("m/a"), version=None)
         backend.write("m/a", bytes_payload(b"22"), if_match=info)
         assert gcs_server.get_raw(gcs_bucket, "m/a") == b"22"
         with pytest.raises(ObjectChangedError):
@@ -438,7 +451,8 @@ def test_emulator_is_written_to_by_the_api_that_it_has(
 
 def test_googles_own_service_is_written_to_by_obstore(opened: Callable[..., Backend]) -> None:
     host = "storage.googleapis.com"
-    headers = {"ETag": '"tag"', "x-goog-generation": "7"}
+    tag = f'"{md5(b"12345").hexdigest()}"'
+    headers = {"ETag": tag, "x-goog-generation": "7"}
     with OddHTTP(lambda request: Reply(headers=headers)) as server:
         port = urlsplit(server.url).port
         assert port
@@ -447,7 +461,7 @@ def test_googles_own_service_is_written_to_by_obstore(opened: Callable[..., Back
             info = backend.write("m/a", bytes_payload(b"12345"), if_absent=True)
             backend.write("m/a", bytes_payload(b"12345"), if_match=info)
         puts = server.requests
-    assert (info.etag, info.version) == ('"tag"', "7")
+    assert (info.etag, info.version) == (tag, "7")
     assert [(put.method, put.target) for put in puts] == [("PUT", "/bucket/m%2Fa")] * 2
     assert [put.headers["x-goog-if-generation-match"] for put in puts] == ["0", "7"]
 
@@ -477,5 +491,8 @@ def test_hint_of_obstore_is_confirmed_by_the_store(both: tuple[Backend, Backend]
     for backend in both:
         assert backend.is_digest(ObjectInfo("m/a", 5, hint=right))
         assert not backend.is_digest(ObjectInfo("m/a", 5, hint=wrong))
-        assert not backend.is_digest(ObjectInfo("none", 5, hint=right))
+        with pytest.raises(ModelMissingError):
+            backend.is_digest(ObjectInfo("none", 5, hint=right))
+        with pytest.raises(ObjectChangedError):
+            backend.is_digest(ObjectInfo("m/a", 5, version="1", hint=right))
     assert first.stat("m/a").version == second.stat("m/a").version

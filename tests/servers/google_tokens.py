@@ -41,6 +41,7 @@ class GoogleTokens:
         private_key: of the service account ``EMAIL``.
         asked: the paths that were asked for, in order.
         lifetime: seconds for which tokens are good.
+        instead: status and JSON value of the next answers to who asks for one, in their place.
     """
 
     def __init__(self, certificate: tuple[Path, Path] | None = None) -> None:
@@ -48,6 +49,7 @@ class GoogleTokens:
         self.private_key = new_key()
         self.lifetime = 3600
         self.refuse = False
+        self.instead: list[tuple[int, Any]] = []
         self._lock = threading.Lock()
         self._asked: list[str] = []
         self._server = _Server(self)
@@ -162,7 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
         tokens = self.server.tokens
         tokens.note(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if tokens.refuse:
+        if tokens.instead:
+            self._answer(*tokens.instead.pop(0))
+        elif tokens.refuse:
             self._answer(400, {"error": "invalid_grant", "error_description": "no such account"})
         elif self.path == "/token":
             form = {name: values[0] for name, values in parse_qs(body.decode()).items()}

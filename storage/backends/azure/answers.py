@@ -11,7 +11,14 @@ from typing import Any
 
 from storage.backends.base import ByteRange, ObjectInfo, content_digests
 from storage.backends.drivers import streams
-from storage.backends.drivers.fsspec_errors import Kind, causes, classify, error, retry_after
+from storage.backends.drivers.fsspec_errors import (
+    THROTTLED,
+    Kind,
+    causes,
+    classify,
+    error,
+    retry_after,
+)
 from storage.backends.drivers.obstore_errors import translated as obstore_translated
 from storage.digest import Digest
 from storage.errors import (
@@ -94,7 +101,8 @@ _CODES: dict[str, Kind] = {
     "SnapshotsPresent": StorageError,
     "SourceConditionNotMet": ObjectChangedError,
     "TargetConditionNotMet": ObjectChangedError,
-    "UnauthorizedBlobOverwrite": AuthenticationError,
+    # Of a credential that may create and not replace; who did not ask to create only is told so.
+    "UnauthorizedBlobOverwrite": ObjectExistsError,
     "UnsupportedHttpVerb": UnsupportedOperation,
 }
 _ADVICE = {
@@ -127,6 +135,9 @@ _NAMES: dict[str, Kind] = {
     "azure.ServiceRequestTimeoutError": UnreachableError,
     "azure.ServiceResponseError": TransientError,
     "binascii.Error": AuthenticationError,
+    # What the client makes of an answer that is not Azure's.
+    "builtins.AttributeError": TransientError,
+    "builtins.LookupError": TransientError,
     # URLs, keys and arguments that the client cannot make sense of.
     "builtins.TypeError": ConfigurationError,
     "builtins.ValueError": ConfigurationError,
@@ -218,8 +229,16 @@ def from_code(
     summary = f"{code or status}: {message}" if message else code or str(status)
     kind = _CODES.get(code)
     if kind is None:
-        kind = _STATUS.get(status, TransientError if status >= 500 else StorageError)
-    return error(kind, where, summary, retry_after(headers))
+        # A success of another kind than the request has: somebody else answered.
+        passing = status >= 500 or 200 <= status < 300
+        kind = _STATUS.get(status, TransientError if passing else StorageError)
+    return error(
+        kind,
+        where,
+        summary,
+        retry_after(headers),
+        throttled=status in THROTTLED or code == "ServerBusy",
+    )
 
 
 def check_key(where: str, key: str) -> None:

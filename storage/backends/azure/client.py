@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import logging
 import os
+import time
 import weakref
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from storage.backends.base import OpenOptions
-from storage.backends.drivers.fsspec_parts import run
+from storage.backends.drivers.fsspec_errors import causes
+from storage.backends.drivers.fsspec_parts import run, send_once
 from storage.backends.drivers.streams import Watched
 from storage.errors import ConfigurationError, one_line
 
@@ -20,7 +24,9 @@ if TYPE_CHECKING:
     from storage.backends.azure.credentials import Access
     from storage.backends.network import Network
 
-__all__ = ["Answer", "Connection", "connect"]
+__all__ = ["Answer", "Connection", "connect", "encoded", "is_refusal", "md5"]
+
+_SHORT = 256 * 1024
 
 
 class Answer:
@@ -69,7 +75,9 @@ class Connection:
         The client's own method reads ahead, joins several requests and repeats them.
         """
         query = {} if version is None else {"versionid": version}
-        response = await self._send("GET", container, key, query, headers, stream=True)
+        response = await self.renewing(
+            lambda: self._send("GET", container, key, query, headers, stream=True)
+        )
         answer = Answer(self.loop, response.internal_response, _lower(response.headers))
         if response.status_code not in (200, 206):
             # 304 and the like: no failure, and not what was asked for.
@@ -85,27 +93,46 @@ class Connection:
         data: bytes,
         query: Mapping[str, str] | None = None,
     ) -> Mapping[str, str]:
-        """Send a body; return the answer's headers, names in lower case.
+        """Send a body and its MD5; return the answer's headers, names in lower case.
+
+        Azure refuses bytes that were damaged on their way.
 
         Raises:
             TimeoutError: the store stopped to take the body.
         """
-        body = Watched(data, self._stall_timeout)
         headers = {
             # The client would add one after the request is signed.
             "Content-Type": "application/octet-stream",
             "Content-Length": str(len(data)),
+            "Content-MD5": encoded(await md5(data)),
             **headers,
         }
 
-        def request() -> Coroutine[Any, Any, Any]:
-            return self._send("PUT", container, key, query or {}, headers, body if data else None)
+        def once() -> Coroutine[Any, Any, Any]:
+            body = Watched(data, self._stall_timeout)
+            return body.sent_by(
+                lambda: self._send(
+                    "PUT", container, key, query or {}, headers, body if data else None
+                ),
+                self.slots,
+            )
 
-        response = await body.sent_by(request, self.slots)
+        response = await self.renewing(once)
         if response.status_code != 201:
             # A redirect, or somebody else's page: nothing was stored.
             raise _error(response)
         return _lower(response.headers)
+
+    async def renewing(self, request: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Make a request, once more with a new token if the store refused the old one."""
+        begun = time.monotonic()
+        try:
+            return await request()
+        except Exception as exc:
+            tokens = self._access.tokens
+            if tokens is None or not is_refusal(exc) or not tokens.renew(begun):
+                raise
+        return await request()
 
     async def _send(
         self,
@@ -134,6 +161,30 @@ class Connection:
                 await response.load_body()
             raise _error(response)
         return response
+
+
+async def md5(data: bytes) -> bytes:
+    """Return the MD5 of ``data``; that of much data by another thread."""
+
+    def work() -> bytes:
+        return hashlib.md5(data, usedforsecurity=False).digest()
+
+    return work() if len(data) < _SHORT else await asyncio.to_thread(work)
+
+
+def encoded(digest: bytes) -> str:
+    """Return a digest as Azure writes it."""
+    return base64.b64encode(digest).decode()
+
+
+def is_refusal(exc: BaseException) -> bool:
+    """Tell whether an answer says that a token is not good, or not any more."""
+    for cause in causes(exc):
+        response = getattr(cause, "response", None)
+        if response is not None:
+            code = (getattr(response, "headers", None) or {}).get("x-ms-error-code")
+            return getattr(response, "status_code", 0) == 401 or code == "AuthenticationFailed"
+    return False
 
 
 def _stop_at_refusal(answer: Any) -> None:
@@ -206,6 +257,7 @@ def connect(
             # It would take passwords of a netrc for the store's, too.
             trust_env=False,
         )
+        send_once(session)
         try:
             transport = AioHttpTransport(
                 session=session,

@@ -12,7 +12,6 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from storage.backends.azure.answers import (
@@ -25,8 +24,9 @@ from storage.backends.azure.answers import (
     quoted,
     translated,
 )
-from storage.backends.azure.client import Connection, connect
-from storage.backends.azure.upload import BlockUpload, block_sizes
+from storage.backends.azure.client import Connection, connect, is_refusal
+from storage.backends.azure.sign import check_signing, sas_url
+from storage.backends.azure.upload import BlockUpload, DamagedError, Unfinished, block_sizes
 from storage.backends.base import (
     Body,
     ByteRange,
@@ -42,13 +42,13 @@ from storage.errors import (
     AuthenticationError,
     BucketMissingError,
     ConfigurationError,
+    IntegrityError,
     InvalidInput,
     ModelMissingError,
     ObjectChangedError,
     ObjectExistsError,
     StorageError,
     TransientError,
-    UnsupportedOperation,
     one_line,
 )
 
@@ -63,9 +63,6 @@ __all__ = ["AzureFsspecBackend"]
 T = TypeVar("T")
 
 _PERMISSIONS = {"GET": "r", "HEAD": "r", "PUT": "cw", "DELETE": "d"}
-# A user delegation key, which signs for those who have no account key, lasts so long at most.
-_LONGEST_DELEGATION = timedelta(days=7)
-_CLOCK_SKEW = timedelta(minutes=5)
 _PAGE = 2000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 # Copies wait in a queue of Azure's: so many times the patience with a connection.
@@ -106,6 +103,7 @@ class AzureFsspecBackend(FsspecBackend):
         self._network = network
         self._signs = signs
         self._uri = uri or self._uri
+        self._unfinished = Unfinished()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -124,6 +122,14 @@ class AzureFsspecBackend(FsspecBackend):
     def _run(self, where: str, work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
         """Return what ``work`` makes of the service's client, on the event loop."""
         connection: Connection = self._shared()
+        begun = time.monotonic()
+        try:
+            with translated(where):
+                return run(connection, work(connection.service))
+        except AuthenticationError as exc:
+            tokens = self._access().tokens
+            if tokens is None or not is_refusal(exc) or not tokens.renew(begun):
+                raise
         with translated(where):
             return run(connection, work(connection.service))
 
@@ -152,7 +158,7 @@ class AzureFsspecBackend(FsspecBackend):
             # What Azure says of a version that none of its own could be called.
             raise ModelMissingError(where, f"no version {version} of {where}: {exc}") from exc
         if found.etag is None:
-            raise StorageError(f"{where}: the answer describes no blob; check the endpoint")
+            raise TransientError(f"{where}: the answer describes no blob; check the endpoint")
         info = described(key, found)
         if version is not None and info.version != version:
             raise ModelMissingError(
@@ -184,7 +190,7 @@ class AzureFsspecBackend(FsspecBackend):
             except StopAsyncIteration:
                 return None
             if getattr(pages, "service_endpoint", "") is None:
-                raise StorageError(
+                raise TransientError(
                     f"{self.where(prefix)}: the answer is no listing of blobs; check the endpoint"
                 )
             found = [described(blob.name, blob) async for blob in page]
@@ -220,6 +226,8 @@ class AzureFsspecBackend(FsspecBackend):
         try:
             size, length = extent(where, span, answer.headers)
             info = from_headers(key, answer.headers, size)
+            if info.etag is None:
+                raise TransientError(f"{where}: the answer describes no blob; check the endpoint")
             if pin is not None and pin.differs_from(info):
                 raise ObjectChangedError(f"{where} was replaced since it was looked at")
         except BaseException:
@@ -254,6 +262,19 @@ class AzureFsspecBackend(FsspecBackend):
             headers["If-Match"] = if_match.etag
         try:
             answer, size = self._send_payload(key, payload, headers, on_bytes)
+        except DamagedError as exc:
+            self._discard(key, str(exc))
+            raise TransientError(
+                f"{self.where(key)}: the list of its blocks was damaged on the way; what came of "
+                "it was removed again"
+            ) from exc
+        except ObjectExistsError as exc:
+            if if_absent:
+                raise
+            raise AuthenticationError(
+                f"{self.where(key)} exists already, and the credentials permit to create and not "
+                "to overwrite; use others, or another name"
+            ) from exc
         except ObjectChangedError as exc:
             if not if_absent:
                 raise
@@ -267,6 +288,26 @@ class AzureFsspecBackend(FsspecBackend):
                 raise
             raise ObjectChangedError(f"{self.where(key)} is not there any more") from exc
         return ObjectInfo(key, size, quoted(answer.get("etag")), answer.get("x-ms-version-id"))
+
+    def _discard(self, key: str, etag: str) -> None:
+        """Remove a blob that came out wrong, unless another one is there by now."""
+
+        async def remove(service: Any) -> None:
+            from azure.core import MatchConditions
+
+            await self._blob(service, key).delete_blob(
+                etag=etag, match_condition=MatchConditions.IfNotModified
+            )
+
+        try:
+            self._run(self.where(key), remove)
+        except (ModelMissingError, ObjectChangedError):
+            return
+        except StorageError as exc:
+            raise IntegrityError(
+                f"{self.where(key)}: the list of its blocks was damaged on the way, and what came "
+                f"of it could not be removed ({exc}); delete it, or upload it again"
+            ) from exc
 
     def _send_payload(
         self,
@@ -289,7 +330,13 @@ class AzureFsspecBackend(FsspecBackend):
             where,
             whole=whole,
             begin=lambda: BlockUpload(
-                connection, self._container, key, self._options, where, on_bytes
+                connection,
+                self._container,
+                key,
+                self._options,
+                where,
+                self._unfinished,
+                on_bytes,
             ),
             complete=lambda upload: upload.complete(headers),
             on_bytes=on_bytes,
@@ -386,7 +433,7 @@ class AzureFsspecBackend(FsspecBackend):
         async def remove(key: str) -> None:
             async with connection.slots:
                 with suppress(ModelMissingError), translated(self.where(key)):
-                    await self._blob(connection.service, key).delete_blob()
+                    await connection.renewing(self._blob(connection.service, key).delete_blob)
 
         async def remove_all() -> None:
             tasks = [asyncio.ensure_future(remove(key)) for key in keys]
@@ -410,38 +457,14 @@ class AzureFsspecBackend(FsspecBackend):
                 f"{self.where(key)}: a URL can be signed for an object and one of "
                 f"{', '.join(_PERMISSIONS)}, not for {method}"
             )
-        access = self._access()
-        if access.key is None and access.tokens is None:
-            raise UnsupportedOperation(
-                f"{self.where(key)}: a URL can be signed with an account key or an Entra identity, "
-                f"not with {'a SAS token' if access.sas is not None else 'no credential'}"
-            )
-        begin = datetime.now(UTC) - _CLOCK_SKEW
-        end = datetime.now(UTC) + timedelta(seconds=max(1, int(expires)))
-        if access.key is None and end - begin > _LONGEST_DELEGATION:
-            raise InvalidInput(
-                f"{self.where(key)}: without an account key a URL lasts less than seven days"
-            )
-
-        async def make(service: Any) -> str:
-            from azure.storage.blob import generate_blob_sas
-
-            signer: dict[str, Any] = {"account_key": access.key}
-            if access.key is None:
-                delegated = await service.get_user_delegation_key(begin, end)
-                signer = {"user_delegation_key": delegated}
-            signature = generate_blob_sas(
-                access.account,
-                self._container,
-                key,
-                permission=permission,
-                start=begin,
-                expiry=end,
-                **signer,
-            )
-            return f"{self._blob(service, key).url.partition('?')[0]}?{signature}"
-
-        return self._run(self.where(key), make)
+        access, where = self._access(), self.where(key)
+        begin, end = check_signing(where, access, expires)
+        return self._run(
+            where,
+            lambda service: sas_url(
+                self._blob(service, key), service, access, permission, begin, end
+            ),
+        )
 
     def filesystem(self) -> tuple[AbstractFileSystem, str]:
         """See :meth:`Backend.filesystem`. An ``adlfs.AzureBlobFileSystem`` with all its habits."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from storage.backends.azure.answers import (
     by_obstore,
     check_key,
     decoded_metadata,
-    encoded_metadata,
     from_code,
     is_marker,
 )
 from storage.backends.base import (
     Backend,
+    Body,
+    ByteRange,
     Capabilities,
     ObjectInfo,
     OpenOptions,
@@ -24,6 +25,7 @@ from storage.backends.base import (
     content_digests,
 )
 from storage.backends.drivers.obstore import ObstoreBackend
+from storage.backends.drivers.renewal import renewing
 from storage.errors import (
     AuthenticationError,
     ModelMissingError,
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from storage.backends.azure.credentials import Access
 
 __all__ = ["AzureObstoreBackend"]
+
+T = TypeVar("T")
 
 
 class AzureObstoreBackend(ObstoreBackend):
@@ -75,12 +79,27 @@ class AzureObstoreBackend(ObstoreBackend):
         metadata = decoded_metadata(info.metadata)
         return replace(info, metadata=metadata, digests=content_digests(metadata))
 
-    def _attributes(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        return encoded_metadata(metadata)
+    def _again(self, call: Callable[[], T]) -> T:
+        """Return what ``call`` does; again with a new token if Azure refused the old one."""
+        return renewing(call, self._renew, self._forget)
+
+    def _renew(self, begun: float) -> bool:
+        tokens = self._access().tokens
+        return tokens is not None and tokens.renew(begun)
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._opened = None
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
+        stat = super().stat
         try:
-            info = super().stat(key, version)
+            info = self._again(lambda: stat(key, version))
+        except AuthenticationError:
+            if self._access().tokens is None:
+                raise
+            # Which of Azure's two reasons for a 403 it is, only the headers tell.
+            return self._second().stat(key, version)
         except (ObjectChangedError, ObjectExistsError):
             # obstore's guess at a 409 or 412. The answer to a HEAD has no body for it to look
             # into, and it does not look at the headers.
@@ -91,6 +110,10 @@ class AzureObstoreBackend(ObstoreBackend):
             # No upload of ours. Azure may know an MD5, which obstore does not tell.
             return self._second().stat(key, version)
         return info
+
+    def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
+        read = super().read
+        return self._again(lambda: read(key, span, pin))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         # Only there do a thousand blobs come with their digests, and directories that are
@@ -108,23 +131,17 @@ class AzureObstoreBackend(ObstoreBackend):
         if_match: ObjectInfo | None = None,
         on_bytes: Callable[[int], object] | None = None,
     ) -> ObjectInfo:
-        try:
-            return super().write(
-                key,
-                payload,
-                metadata=metadata,
-                content_type=content_type,
-                if_absent=if_absent,
-                if_match=if_match,
-                on_bytes=on_bytes,
-            )
-        except ObjectChangedError as exc:
-            # Azure says 409 or 412, as it likes.
-            if not if_absent:
-                raise
-            raise ObjectExistsError(
-                f"{self._where(key)} exists already and is not to be overwritten"
-            ) from exc
+        # obstore sends no MD5, by which Azure refuses what was damaged on its way and others can
+        # check what they download.
+        return self._second().write(
+            key,
+            payload,
+            metadata=metadata,
+            content_type=content_type,
+            if_absent=if_absent,
+            if_match=if_match,
+            on_bytes=on_bytes,
+        )
 
     def copy(
         self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
@@ -135,8 +152,9 @@ class AzureObstoreBackend(ObstoreBackend):
     def delete(self, keys: Sequence[str]) -> None:
         # Many at once take a permission on the whole container, which a SAS or a role may lack.
         if self._access().sas is None:
+            delete = super().delete
             try:
-                super().delete(keys)
+                self._again(lambda: delete(keys))
                 return
             except AuthenticationError:
                 pass

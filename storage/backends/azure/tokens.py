@@ -9,11 +9,11 @@ import re
 import threading
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from storage.backends.drivers.fsspec_errors import retry_after
+from storage.backends.drivers.fsspec_errors import THROTTLED, retry_after
 from storage.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -42,6 +42,8 @@ _KNOWN_AUTHORITY = re.compile(
 )
 _FAR = datetime(9999, 12, 31, tzinfo=UTC)
 _TIMEOUT = 30.0
+# azure-identity gets a new token so long before the old one expires.
+_MARGIN = timedelta(minutes=5)
 
 
 class Tokens:
@@ -62,6 +64,8 @@ class Tokens:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._credential: Any = None
+        self._kept: tuple[str, datetime] | None = None
+        self._renewed = 0.0
 
     def __getstate__(self) -> object:
         return self._parts
@@ -88,7 +92,31 @@ class Tokens:
             raise
         except Exception as exc:  # azure-identity has no common base for what its sources raise
             raise _refused(exc) from exc
-        return str(token.token), datetime.fromtimestamp(token.expires_on, UTC)
+        found = str(token.token), datetime.fromtimestamp(token.expires_on, UTC)
+        with self._lock:
+            if credential is self._credential:
+                self._kept = found
+        return found
+
+    def renew(self, begun: float) -> bool:
+        """Do without the token that was good until now, because the store refused it.
+
+        Args:
+            begun: when the refused request began, by ``time.monotonic``; whoever shares this
+                may have a new token since.
+
+        Returns:
+            Whether there may be a new one; false for a token that was given.
+        """
+        config = self._parts[0]
+        if config is not None and config.token is not None:
+            return False
+        with self._lock:
+            if self._renewed < begun:
+                # Each credential keeps its tokens for itself.
+                self._credential = self._kept = None
+                self._renewed = time.monotonic()
+        return True
 
     def __call__(self) -> dict[str, Any]:
         """Return a token as obstore wants it."""
@@ -99,8 +127,12 @@ class Tokens:
         """Return a token as azure-storage-blob's asynchronous clients want it."""
         from azure.core.credentials import AccessToken
 
-        token, expires = await asyncio.to_thread(self.fetch)
-        return AccessToken(token, int(expires.timestamp()))
+        kept = self._kept
+        if kept is None or self._pid != os.getpid() or kept[1] - datetime.now(UTC) < _MARGIN:
+            kept = await asyncio.to_thread(self.fetch)
+        # Over at once, so that the client asks before each request and keeps none for itself:
+        # it would go on with one that the store refused.
+        return AccessToken(kept[0], 0)
 
     def close(self) -> None:
         """Free the connections of the credential. It may be used again."""
@@ -108,6 +140,7 @@ class Tokens:
             self._forget()
         with self._lock:
             credential, self._credential = self._credential, None
+            self._kept = None
         close = getattr(credential, "close", None)
         if close is not None:
             close()
@@ -193,6 +226,7 @@ class _MetadataToken:
                 f"the managed identity of this machine is not to be had: {redact(url)} answered "
                 f"{answer.status_code}; try again",
                 retry_after({name.lower(): value for name, value in answer.headers.items()}),
+                throttled=answer.status_code in THROTTLED,
             )
         if answer.status_code != 200:
             raise AuthenticationError(
@@ -200,9 +234,15 @@ class _MetadataToken:
                 f"{answer.status_code} {one_line(answer.text, 120)}; check client_id and that "
                 "the identity is assigned"
             )
-        found = answer.json()
-        expires = found.get("expires_on") or time.time() + float(found["expires_in"])
-        return _Token(str(found["access_token"]), float(expires))
+        try:
+            found = answer.json()
+            expires = found.get("expires_on") or time.time() + float(found["expires_in"])
+            return _Token(str(found["access_token"]), float(expires))
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise TransientError(
+                f"the managed identity of this machine is not to be had: {redact(url)} answered "
+                "with something that is no token; try again"
+            ) from exc
 
 
 def _header_for(endpoint: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ import google.auth.exceptions
 import google.auth.transport.requests
 import requests
 
-from storage.backends.drivers.fsspec_errors import causes
+from storage.backends.drivers.fsspec_errors import THROTTLED, causes, retry_after
 from storage.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -36,6 +37,8 @@ _SCOPE = "https://www.googleapis.com/auth/devstorage.full_control"
 _IAM_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 # Renewed so long before it expires; gcsfs asks for a new one as early.
 _MARGIN = timedelta(minutes=5)
+# What google-auth stumbles over in an answer, or a key, that is not made as Google makes them.
+_ODD = (AttributeError, KeyError, TypeError)
 
 
 class TokenSource:
@@ -69,6 +72,7 @@ class TokenSource:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._credentials: Any = None
+        self._renewed = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None, "_credentials": None}
@@ -90,10 +94,47 @@ class TokenSource:
                 self._credentials = self._find()
             credentials = self._credentials
             if not _fresh(credentials):
-                with requests.Session() as session:
-                    credentials.refresh(self._request(session))
+                self._refresh()
             expiry = credentials.expiry
             return credentials.token, expiry.replace(tzinfo=UTC) if expiry is not None else None
+
+    def renew(self, begun: float) -> bool:
+        """Get a new token, because the store refused the one that was good until now.
+
+        Args:
+            begun: when the refused request began, by ``time.monotonic``; whoever shares this
+                may have a new token since.
+
+        Returns:
+            Whether there is a new one; false for a token that was given.
+
+        Raises:
+            AuthenticationError: who issues tokens gives no more of them.
+            TransientError: who issues tokens failed to answer.
+        """
+        _, _, impersonate, token = self._arguments
+        with self._lock, _translated():
+            if self._credentials is None or (token is not None and not impersonate):
+                return False
+            if self._renewed < begun:
+                self._refresh()
+            return True
+
+    def _refresh(self) -> None:
+        with requests.Session() as session:
+            problem: Exception | None = None
+            try:
+                self._credentials.refresh(self._request(session))
+            except google.auth.exceptions.GoogleAuthError:
+                raise
+            except (ValueError, *_ODD) as exc:
+                problem = exc
+            if problem is not None or not isinstance(self._credentials.token, str):
+                self._credentials.token = None
+                raise TransientError(
+                    "who issues Google's tokens answered something that is none"
+                ) from problem
+        self._renewed = time.monotonic()
 
     def _find(self) -> Any:
         key_json, key_file, impersonate, token = self._arguments
@@ -136,7 +177,15 @@ class _Request(google.auth.transport.requests.Request):
             self._defaults["verify"] = verify
 
     def __call__(self, url: str, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(url, *args, **{**self._defaults, **kwargs})  # type: ignore[no-untyped-call]
+        answer = super().__call__(url, *args, **{**self._defaults, **kwargs})  # type: ignore[no-untyped-call]
+        if answer.status in (408, 429) or answer.status >= 500:
+            # Before google-auth asks seven times by itself, for the better part of a minute.
+            raise TransientError(
+                f"who issues Google's tokens answered {answer.status}",
+                retry_after({"retry-after": answer.headers.get("Retry-After")}),
+                throttled=answer.status in THROTTLED,
+            )
+        return answer
 
 
 class SharedCredentials(google.auth.credentials.Credentials):
@@ -146,6 +195,13 @@ class SharedCredentials(google.auth.credentials.Credentials):
         """Take tokens from ``source``."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._source = source
+
+    def renew(self, begun: float) -> bool:
+        """Do without the token that was refused; see :meth:`TokenSource.renew`."""
+        renewed = self._source.renew(begun)
+        if renewed:
+            self.token = None
+        return renewed
 
     def refresh(self, request: object) -> None:
         """Take a token that is good for a while; whoever issues it is asked by the source."""
@@ -231,7 +287,14 @@ def _translated() -> Iterator[None]:
     """Turn what google-auth raises in the block into an error of ours."""
     try:
         yield
-    except (google.auth.exceptions.GoogleAuthError, requests.RequestException, ValueError) as exc:
+    except StorageError:
+        raise
+    except (
+        google.auth.exceptions.GoogleAuthError,
+        requests.RequestException,
+        ValueError,
+        *_ODD,
+    ) as exc:
         raise _error_for(exc, one_line(exc.args[0] if exc.args else exc)) from exc
 
 
@@ -259,7 +322,7 @@ def _error_for(exc: Exception, said: str) -> StorageError:
             f"Google refuses these credentials ({said}); check the key and the account's "
             "permissions"
         )
-    if isinstance(exc, ValueError):
+    if isinstance(exc, (ValueError, *_ODD)):
         return ConfigurationError(
             f"the Google credentials cannot be used ({said}); download the key again"
         )

@@ -20,6 +20,7 @@ from storage.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from storage.backends.gcs.auth import TokenSource
+    from storage.backends.gcs.json_api import JsonApi
     from storage.backends.gcs.sign import Signer
     from storage.config import GCSConfig
     from storage.uri import Location
@@ -50,12 +51,26 @@ def open_backend(location: Location, config: GCSConfig | None, options: OpenOpti
         return second()
     from storage.backends.gcs.obstore import GcsObstoreBackend
 
+    def json_api() -> JsonApi:
+        from storage.backends.gcs.json_api import JsonApi
+
+        return JsonApi(
+            bucket,
+            _endpoint(config),
+            None if _anonymous(config) else tokens(),
+            Network.of(config),
+            options,
+            _paying_project(config),
+        )
+
     return GcsObstoreBackend(
         bucket,
         lambda: obstore_arguments(config, options, tokens),
         options,
         second,
         signer,
+        json_api,
+        lambda begun: not _anonymous(config) and tokens().renew(begun),
         reads_only=_reads_only(config),
     )
 

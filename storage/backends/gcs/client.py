@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -10,7 +11,7 @@ from urllib.parse import quote, urlencode
 from storage.backends.base import OpenOptions
 from storage.backends.drivers.fsspec import FsspecBackend
 from storage.backends.drivers.fsspec_errors import Kind
-from storage.backends.drivers.fsspec_parts import run
+from storage.backends.drivers.fsspec_parts import run, send_once
 from storage.backends.drivers.streams import Watched
 from storage.backends.gcs.answers import from_answer, said, translated
 from storage.backends.gcs.sign import Signer
@@ -19,13 +20,15 @@ from storage.errors import (
     BucketMissingError,
     ConfigurationError,
     ModelMissingError,
+    StorageError,
+    TransientError,
     one_line,
 )
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["GcsClient", "lower_names", "quoted"]
+__all__ = ["GcsClient", "lower_names", "quoted", "refusal"]
 
 
 class GcsClient(FsspecBackend):
@@ -92,6 +95,7 @@ class GcsClient(FsspecBackend):
             # Stored bytes are wanted, whatever their encoding.
             fs = self._new(auto_decompress=False, timeout=self._timeouts())
             run(fs, fs._set_session())
+            send_once(fs._session)
         # Waiting for a connection is not to look like a store that takes no bytes.
         fs.upload_slots = asyncio.Semaphore(self._options.connections)
         return fs
@@ -135,6 +139,15 @@ class GcsClient(FsspecBackend):
 
         return send
 
+    def _renewed(self, begun: float) -> bool:
+        """Tell whether there is a new token in place of one that the store refused with a 401.
+
+        Args:
+            begun: when the refused request began, by ``time.monotonic``.
+        """
+        renew = getattr(self._shared().credentials.credentials, "renew", None)
+        return renew is not None and bool(renew(begun))
+
     def _answer(
         self,
         method: str,
@@ -162,7 +175,11 @@ class GcsClient(FsspecBackend):
     ) -> dict[str, Any]:
         """Return what the JSON API answers to a request."""
         with translated(where):
-            answer = run(self._shared(), self._answer(method, path, query, **arguments))
+            fs = self._shared()
+            begun = time.monotonic()
+            answer = run(fs, self._answer(method, path, query, **arguments))
+            if answer.status == 401 and self._renewed(begun):
+                answer = run(fs, self._answer(method, path, query, **arguments))
             if answer.status >= 300:
                 raise from_answer(where, answer.status, answer.headers, answer.body, missing)
             return said(where, answer.body)
@@ -178,15 +195,23 @@ class GcsClient(FsspecBackend):
         path: str,
         query: Mapping[str, str],
         headers: Mapping[str, str],
+        missing: Kind = BucketMissingError,
     ) -> Answer:
         """Send a body; return the answer, which is a success or says that more is expected."""
         fs = self._shared()
-        watched = Watched(data, self._options.stall_timeout)
-        with translated(where):
+
+        def once() -> Answer:
+            watched = Watched(data, self._options.stall_timeout)
             request = self._answer(method, path, query, data=watched, headers=headers)
-            answer = run(fs, watched.sent_by(lambda: request, fs.upload_slots))
+            return run(fs, watched.sent_by(lambda: request, fs.upload_slots))
+
+        with translated(where):
+            begun = time.monotonic()
+            answer = once()
+            if answer.status == 401 and self._renewed(begun):
+                answer = once()
         if answer.status >= 300 and answer.status != 308:
-            raise from_answer(where, answer.status, answer.headers, answer.body, BucketMissingError)
+            raise from_answer(where, answer.status, answer.headers, answer.body, missing)
         return answer
 
     def filesystem(self) -> tuple[AbstractFileSystem, str]:
@@ -199,6 +224,18 @@ async def _connector(context: Any) -> Any:
     from aiohttp import TCPConnector
 
     return TCPConnector(ssl=context)
+
+
+def refusal(where: str, answer: Answer) -> StorageError | None:
+    """Return what the answer to a deletion has against it, if it has something."""
+    if answer.status >= 300:
+        return from_answer(where, answer.status, answer.headers, answer.body, ModelMissingError)
+    if answer.body.strip() not in (b"", b"null", b"{}"):
+        return TransientError(
+            f"{where}: the store did not confirm that it is deleted; check the endpoint and the "
+            "proxy"
+        )
+    return None
 
 
 def quoted(text: str) -> str:

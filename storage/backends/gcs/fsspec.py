@@ -10,13 +10,12 @@ API. ``filesystem()`` gives the plain ``gcsfs.GCSFileSystem``.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import secrets
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NoReturn
 
 from storage.backends.base import (
     Body,
@@ -30,33 +29,40 @@ from storage.backends.drivers.fsspec_parts import Chunks, arriving, run
 from storage.backends.drivers.obstore_errors import fits_header
 from storage.backends.drivers.streams import check_size, exactly, extent
 from storage.backends.gcs.answers import (
+    PAGE,
+    damage,
+    encoded,
     from_answer,
     info_of_headers,
     info_of_resource,
+    page_of,
+    removal,
+    rewrite,
     said,
     translated,
 )
-from storage.backends.gcs.client import GcsClient, lower_names, quoted
+from storage.backends.gcs.client import GcsClient, lower_names, quoted, refusal
 from storage.backends.gcs.upload import Answer, ResumableUpload, chunk_size
+from storage.digest import Digest, MultiHasher, available
 from storage.errors import (
     BucketMissingError,
+    IntegrityError,
     InvalidInput,
     ModelMissingError,
     ObjectChangedError,
     ObjectExistsError,
     StorageError,
     TransientError,
+    UnreachableError,
     UnsupportedOperation,
 )
 
 __all__ = ["GcsFsspecBackend"]
 
 _SINGLE_REQUEST_LIMIT = 8 * MIB
-_PAGE = 1000
 # An object that moves to another place is rewritten by so many bytes at a time; the store would
 # otherwise go on for as long as a request may stay without an answer.
 _STEP = 256 * MIB
-_FIELDS = "nextPageToken,items(name,size,generation,updated,contentType,md5Hash,metadata)"
 
 
 class GcsFsspecBackend(GcsClient):
@@ -81,8 +87,6 @@ class GcsFsspecBackend(GcsClient):
             raise ModelMissingError(where, f"no generation {version!r} of {where}: it is a number")
         query = {"generation": version} if version is not None else {}
         resource = self._call(where, "GET", self._object(key, bucket), query)
-        if "size" not in resource:
-            raise TransientError(f"{where}: the store describes it without its size")
         info = info_of_resource(key, resource)
         if info.size == 0 and key.endswith("/"):
             raise ModelMissingError(where)
@@ -104,28 +108,22 @@ class GcsFsspecBackend(GcsClient):
         if prefix and not prefix.endswith("/"):
             raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
         path = f"/storage/v1/b/{quoted(self._bucket)}/o"
-        query = {"prefix": prefix, "maxResults": str(_PAGE), "fields": _FIELDS}
+        query = {"prefix": prefix, **PAGE}
         while True:
-            page = self._call(self.where(prefix), "GET", path, query, BucketMissingError)
-            for resource in page.get("items", ()):
-                key = resource["name"]
-                if not (key.endswith("/") and int(resource.get("size", 0)) == 0):
-                    yield info_of_resource(key, resource)
-            token = page.get("nextPageToken")
-            if not token:
+            found = self._call(self.where(prefix), "GET", path, query, BucketMissingError)
+            infos, token = page_of(self.where(prefix), found, query.get("pageToken"))
+            yield from infos
+            if token is None:
                 return
-            if token == query.get("pageToken"):
-                raise StorageError(
-                    f"{self.where(prefix)}: the store gives the same page of its listing again"
-                )
             query["pageToken"] = token
 
     def is_digest(self, info: ObjectInfo) -> bool:
         """See :meth:`Backend.is_digest`. Composed and encrypted objects have other tags."""
         try:
             return info.hint in self.stat(info.key, info.version).digests
-        except ModelMissingError:
-            return False
+        except ModelMissingError as exc:
+            self._replaced(info.key, info, exc)
+            raise
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -143,9 +141,13 @@ class GcsFsspecBackend(GcsClient):
             headers["If-Match"] = pin.etag
         where = self.where(key)
         fs = self._shared()
+        path = f"/{quoted(self._bucket)}/{quoted(key)}"
         with translated(where):
-            path = f"/{quoted(self._bucket)}/{quoted(key)}"
+            begun = time.monotonic()
             response = run(fs, self._open("GET", path, query, headers=headers)())
+            if response.status == 401 and self._renewed(begun):
+                self._drop(response)
+                response = run(fs, self._open("GET", path, query, headers=headers)())
         lease = ExitStack()
         lease.callback(self._drop, response)
         try:
@@ -154,6 +156,10 @@ class GcsFsspecBackend(GcsClient):
                 with translated(where):
                     problem = run(fs, response.content.read(16 * 1024))
                 raise from_answer(where, response.status, known, problem, ModelMissingError)
+            if info_of_headers(key, known, None).pin is None:
+                raise TransientError(
+                    f"{where}: the answer says nothing of the object; it is not the store's"
+                )
             size, length = extent(
                 where, span, _number(known.get("content-length")), known.get("content-range")
             )
@@ -198,13 +204,13 @@ class GcsFsspecBackend(GcsClient):
     ) -> ObjectInfo:
         """See :meth:`Backend.write`. One request up to 8 MiB, a resumable upload beyond."""
         self._check_key(key)
-        resource: dict[str, Any] = {"name": key, "metadata": dict(metadata or {})}
+        resource: dict[str, Any] = {"metadata": dict(metadata or {})}
         resource["contentType"] = content_type or "application/octet-stream"
         if not fits_header("Content-Type", resource["contentType"]):
             raise InvalidInput(f"{self.where(key)}: {content_type!r} cannot be a content type")
         query = self._condition(key, if_absent, if_match)
         try:
-            answer, size = self._send_payload(payload, resource, query, on_bytes)
+            answer, size, digest = self._send_payload(key, payload, resource, query, on_bytes)
         except ObjectChangedError as exc:
             if not if_absent:
                 raise
@@ -212,12 +218,51 @@ class GcsFsspecBackend(GcsClient):
                 f"{self.where(key)} exists already and is not to be overwritten"
             ) from exc
         info = info_of_resource(key, answer)
-        if info.size != size:
-            raise TransientError(
-                f"{self.where(key)}: {size} bytes were sent and the store says that it has "
-                f"{answer.get('size')}; what it has is not to be used"
-            )
+        problem = damage(answer, resource, info, size, digest)
+        if problem is not None:
+            self._discard(key, info, problem)
         return ObjectInfo(key, size, version=info.version, digests=info.digests)
+
+    @contextmanager
+    def _looking_back(
+        self, key: str, resource: Mapping[str, Any], size: int, digest: Digest
+    ) -> Iterator[None]:
+        """Look at what is stored if no answer tells; a damaged object of ours is removed.
+
+        Google's service refuses such a one. A store that does not would have it for good,
+        because the next try takes it, by the digests in its metadata, for its own.
+        """
+        try:
+            yield
+        except TransientError as exc:
+            if not resource["metadata"] or exc.throttled or isinstance(exc, UnreachableError):
+                raise
+            try:
+                info = self.stat(key)
+            except StorageError:
+                raise exc from exc.__cause__
+            kept = info.metadata.items()
+            if resource["metadata"].items() <= kept and info.size == size:
+                problem = damage({}, resource, info, size, digest)
+                if problem is not None:
+                    self._discard(key, info, problem)
+            raise
+
+    def _discard(self, key: str, info: ObjectInfo, problem: str) -> NoReturn:
+        """Remove what arrived otherwise than it was sent, that very generation; raise."""
+        where = self.where(key)
+        try:
+            if info.version is None:
+                raise UnsupportedOperation(f"{where}: the store tells no generations")
+            self._delete_one(where, key, removal(info.version), tries=3)
+        except (ModelMissingError, ObjectChangedError):
+            pass  # somebody else's is there by now
+        except StorageError as exc:
+            raise IntegrityError(
+                f"{where}: {problem}, and what the store has could not be removed ({exc}); delete "
+                "it, or upload it again"
+            ) from exc
+        raise TransientError(f"{where}: {problem}; it was removed again")
 
     def _condition(self, key: str, if_absent: bool, if_match: ObjectInfo | None) -> dict[str, str]:
         if if_absent:
@@ -251,12 +296,16 @@ class GcsFsspecBackend(GcsClient):
 
     def _send_payload(
         self,
+        key: str,
         payload: Payload,
         resource: dict[str, Any],
         query: dict[str, str],
         on_bytes: Callable[[int], object] | None,
-    ) -> tuple[dict[str, Any], int]:
-        where = self.where(resource["name"])
+    ) -> tuple[dict[str, Any], int, Digest]:
+        """Return the store's answer, and the size and a digest of what was sent."""
+        where = self.where(key)
+        # Not in a body, where a damaged byte would make it another object's name.
+        query = {"name": key, **query}
         chunk = chunk_size(self._options.memory)
         small = payload.size is not None and payload.size <= _SINGLE_REQUEST_LIMIT
         with payload.open() as stream:
@@ -264,32 +313,46 @@ class GcsFsspecBackend(GcsClient):
             following = exactly(stream, chunk) if part else b""
             if not following and len(part) <= _SINGLE_REQUEST_LIMIT:
                 check_size(where, payload.size, len(part))
-                answer = self._put(where, part, resource, query)
+                digest = _digest("md5", part)
+                with self._looking_back(key, resource, len(part), digest):
+                    answer = self._put(where, part, digest, resource, query)
                 if on_bytes is not None and part:
                     on_bytes(len(part))
-                return answer, len(part)
+                return answer, len(part), digest
             if small:
                 check_size(where, payload.size, len(part) + len(following))
+            algorithm = "crc32c" if available("crc32c") else "md5"
+            hasher = MultiHasher([algorithm])
             with self._resumable(where, resource, query) as upload:
                 total = 0
                 while part:
                     total += len(part)
-                    if not following:
+                    hasher.update(part)
+                    if following:
+                        upload.send(part, last=False)
+                    else:
                         check_size(where, payload.size, total)
-                    upload.send(part, last=not following)
+                        digest = hasher.digests()[algorithm]
+                        checksum = f"{algorithm}={encoded(digest)}"
+                        with self._looking_back(key, resource, total, digest):
+                            upload.send(part, last=True, checksum=checksum)
                     if on_bytes is not None:
                         on_bytes(len(part))
                     part, following = following, b""
                     if part:
                         following = exactly(stream, chunk)
-                return upload.answer, total
+                return upload.answer, total, digest
 
     def _put(
-        self, where: str, data: bytes, resource: dict[str, Any], query: dict[str, str]
+        self,
+        where: str,
+        data: bytes,
+        digest: Digest,
+        resource: dict[str, Any],
+        query: dict[str, str],
     ) -> dict[str, Any]:
         # The store refuses bytes that were damaged on their way.
-        md5 = hashlib.md5(data, usedforsecurity=False).digest()
-        described = {**resource, "md5Hash": base64.b64encode(md5).decode()}
+        described = {**resource, "md5Hash": encoded(digest)}
         boundary = secrets.token_hex(16)
         body = b"".join(
             (
@@ -322,7 +385,7 @@ class GcsFsspecBackend(GcsClient):
                 json.dumps(resource).encode(),
                 "POST",
                 self._uploads(),
-                {"uploadType": "resumable", "name": resource["name"], **query},
+                {"uploadType": "resumable", **query},
                 {
                     "Content-Type": "application/json; charset=UTF-8",
                     "X-Upload-Content-Type": resource["contentType"],
@@ -330,10 +393,11 @@ class GcsFsspecBackend(GcsClient):
             )
             return answer.headers.get("location", "")
 
-        def put(url: str, data: bytes, content_range: str) -> Answer:
+        def put(url: str, data: bytes, headers: Mapping[str, str]) -> Answer:
             # Or the client would name another type than was said at the beginning.
-            headers = {"Content-Range": content_range, "Content-Type": resource["contentType"]}
-            return self._sent(where, data, "PUT", url, {}, headers)
+            headers = {**headers, "Content-Type": resource["contentType"]}
+            # What is missing is the upload itself: it begins again.
+            return self._sent(where, data, "PUT", url, {}, headers, TransientError)
 
         def cancel(url: str) -> int:
             return run(self._shared(), self._answer("DELETE", url, {}, data=b"")).status
@@ -357,10 +421,7 @@ class GcsFsspecBackend(GcsClient):
         where = f"gs://{bucket}/{source}"
         # A large object, or one on its way elsewhere, is copied in several steps.
         try:
-            while (answer := self._call(where, "POST", path, query)).get("done") is not True:
-                if not answer.get("rewriteToken"):
-                    raise TransientError(f"{where}: the store does not tell how the copy goes on")
-                query["rewriteToken"] = answer["rewriteToken"]
+            rewrite(where, lambda query: self._call(where, "POST", path, query), query)
         except ModelMissingError as exc:
             if type(exc) is ModelMissingError and version is None:
                 # The bucket keeps no versions, and this one has been replaced meanwhile.
@@ -372,21 +433,39 @@ class GcsFsspecBackend(GcsClient):
         """See :meth:`Backend.delete`. Several at once."""
         for key in keys:
             self._check_key(key)
+        begun = time.monotonic()
+        refused = self._delete_each(keys)
+        if refused and self._renewed(begun):
+            refused = self._delete_each(list(refused))
+        for problem in refused.values():
+            raise problem
+
+    def _delete_one(self, where: str, key: str, query: Mapping[str, str], tries: int) -> None:
+        try:
+            with translated(where):
+                answer = run(self._shared(), self._answer("DELETE", self._object(key), query))
+            if (problem := refusal(where, answer)) is not None:
+                raise problem
+        except TransientError:
+            if tries == 1:
+                raise
+            self._delete_one(where, key, query, tries - 1)
+
+    def _delete_each(self, keys: Sequence[str]) -> dict[str, StorageError]:
+        """Delete objects; return the keys that took another token, and what was said of it."""
         fs = self._shared()
         slots = asyncio.Semaphore(self._options.connections)
+        refused: dict[str, StorageError] = {}
 
         async def delete(key: str, request: Coroutine[Any, Any, Answer]) -> None:
             async with slots:
                 with translated(self.where(key)):
                     answer = await request
-                    if answer.status >= 300:
-                        raise from_answer(
-                            self.where(key),
-                            answer.status,
-                            answer.headers,
-                            answer.body,
-                            ModelMissingError,
-                        )
+                    problem = refusal(self.where(key), answer)
+                    if problem is not None and answer.status == 401:
+                        refused[key] = problem
+                    elif problem is not None:
+                        raise problem
 
         async def delete_all() -> list[BaseException | None]:
             return await asyncio.gather(
@@ -397,6 +476,7 @@ class GcsFsspecBackend(GcsClient):
         for problem in run(fs, delete_all()):
             if problem is not None and type(problem) is not ModelMissingError:
                 raise problem
+        return refused
 
     # --- the rest --------------------------------------------------------------------------
 
@@ -409,3 +489,9 @@ class GcsFsspecBackend(GcsClient):
 
 def _number(text: str | None) -> int | None:
     return int(text) if text is not None and text.isdigit() else None
+
+
+def _digest(algorithm: str, data: bytes) -> Digest:
+    hasher = MultiHasher([algorithm])
+    hasher.update(data)
+    return hasher.digests()[algorithm]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from storage.backends.base import (
     Backend,
@@ -17,28 +17,42 @@ from storage.backends.base import (
     ObjectInfo,
     OpenOptions,
     Payload,
+    md5_hint,
 )
-from storage.backends.drivers.obstore import ObstoreBackend
+from storage.backends.drivers.obstore import ObstoreBackend, is_lost, obstore
 from storage.backends.drivers.obstore_errors import fits_header
+from storage.backends.drivers.renewal import renewing
+from storage.backends.drivers.streams import HashedPayload
 from storage.backends.gcs.answers import from_code
+from storage.backends.gcs.json_api import JsonApi, NoJsonApiError
 from storage.backends.gcs.sign import Signer
+from storage.digest import Digest, available
 from storage.errors import (
+    AuthenticationError,
     ConfigurationError,
+    IntegrityError,
     InvalidInput,
     ModelMissingError,
     ObjectChangedError,
+    StorageError,
     TransientError,
 )
 
 __all__ = ["GcsObstoreBackend"]
 
+T = TypeVar("T")
+
 # The store copies what does not move to another place or class at once, whatever its size. What
 # does may take longer than one request may; the second driver copies that in steps.
 _COPY_LIMIT = 1024**3
+# What obstore sends in one request gets its MD5 for an entity tag.
+_MD5_LIMIT = 8 * 1024**2
 
 
 class GcsObstoreBackend(ObstoreBackend):
     """One bucket through obstore; see :class:`~storage.backends.base.Backend`."""
+
+    _versions_are_guarded = False
 
     def __init__(
         self,
@@ -47,6 +61,8 @@ class GcsObstoreBackend(ObstoreBackend):
         options: OpenOptions,
         second: Callable[[], Backend],
         signer: Signer,
+        json_api: Callable[[], JsonApi],
+        renew: Callable[[float], bool],
         *,
         reads_only: bool,
     ) -> None:
@@ -58,9 +74,12 @@ class GcsObstoreBackend(ObstoreBackend):
             options: how to talk to the store.
             second: returns the second driver for the same bucket.
             signer: makes presigned URLs.
+            json_api: returns what asks for what obstore does not show.
+            renew: gets a new token in place of one that was refused, if it can; it is told
+                when the refused request began, by ``time.monotonic``.
             reads_only: whether the second driver makes all changes.
         """
-        capabilities = Capabilities(copy_across=True, if_match=True)
+        capabilities = Capabilities(copy_across=True, if_match=True, checksums=True)
         super().__init__(
             f"gs://{bucket}/",
             "gs",
@@ -74,9 +93,12 @@ class GcsObstoreBackend(ObstoreBackend):
         self._bucket = bucket
         self._arguments = arguments
         self._signer = signer
+        self._make_json_api = json_api
+        self._renew = renew
         self._reads_only = reads_only
         self._reader_lock = threading.Lock()
         self._reader_opened: tuple[int, Any] | None = None
+        self._json_api_opened: JsonApi | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -99,18 +121,71 @@ class GcsObstoreBackend(ObstoreBackend):
                 opened = self._reader_opened = (os.getpid(), store)
             return opened[1]
 
+    @property
+    def _json_api(self) -> JsonApi:
+        with self._reader_lock:
+            if self._json_api_opened is None:
+                self._json_api_opened = self._make_json_api()
+            return self._json_api_opened
+
+    def _again(self, call: Callable[[], T]) -> T:
+        """Return what ``call`` does; again with a new token if the store refused the old one."""
+        return renewing(call, self._renew, self._forget)
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._opened = None
+        with self._reader_lock:
+            self._reader_opened = None
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See :meth:`Backend.list`. By the JSON API, with digests and generations."""
+        if prefix and not prefix.endswith("/"):
+            raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
+        try:
+            yield from self._json_api.list(prefix)
+        except NoJsonApiError:
+            yield from self._second().list(prefix) if is_lost() else self._list(prefix)
+
     def _list(self, prefix: str) -> Iterator[ObjectInfo]:
-        for info in super()._list(prefix):
-            etag = info.etag
-            if etag and not etag.endswith('"'):
-                # Some servers quote it in the header only.
-                info = replace(info, etag=f'"{etag}"')
-            yield info
+        """Yield the same by the XML API."""
+        empty: set[str] = set()
+        with self._translated(prefix):
+            for page in obstore().list(self._store(), prefix[:-1] or None, chunk_size=1000):
+                for meta in page:
+                    key, etag = meta["path"], meta["e_tag"]
+                    if meta["size"] == 0:
+                        # obstore drops the slash of a directory marker, so "a/" looks like
+                        # an empty file "a". Only the store knows which it is.
+                        if key in empty or not self._exists(key):
+                            continue
+                        empty.add(key)
+                    if etag and not etag.endswith('"'):
+                        # Some servers quote it in the header only.
+                        etag = f'"{etag}"'
+                    yield ObjectInfo(
+                        key, meta["size"], etag, modified=meta["last_modified"], hint=md5_hint(etag)
+                    )
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self.stat(key)
+        except ModelMissingError:
+            return False
+        return True
+
+    def checksums(self, info: ObjectInfo) -> tuple[Digest, ...]:
+        """See :meth:`Backend.checksums`."""
+        try:
+            return self._json_api.checksums(info.key, info.version)
+        except (ModelMissingError, NoJsonApiError):
+            return ()
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         """See :meth:`Backend.stat`."""
         try:
-            return super().stat(key, version)
+            stat = super().stat
+            return self._again(lambda: stat(key, version))
         except TransientError as exc:
             if not _is_beyond_obstore(exc):
                 raise
@@ -119,7 +194,8 @@ class GcsObstoreBackend(ObstoreBackend):
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
         """See :meth:`Backend.read`."""
         try:
-            body = super().read(key, span, pin)
+            read = super().read
+            body = self._again(lambda: read(key, span, pin))
         except TransientError as exc:
             if not _is_beyond_obstore(exc):
                 raise
@@ -160,17 +236,79 @@ class GcsObstoreBackend(ObstoreBackend):
             f"{name}{value}".isascii() and fits_header(name, value)
             for name, value in (metadata or {}).items()
         )
-        awkward = self._reads_only or nameless or foreign
-        write = self._second().write if awkward else super().write
-        return write(
-            key,
-            payload,
-            metadata=metadata,
-            content_type=content_type,
-            if_absent=if_absent,
-            if_match=if_match,
-            on_bytes=on_bytes,
+        algorithms = ["md5"] if payload.size is None or payload.size <= _MD5_LIMIT else []
+        algorithms += ["crc32c"] if payload.size is None or payload.size > _MD5_LIMIT else []
+        # Nobody could tell whether what arrived in parts is what was sent.
+        blind = not all(map(available, algorithms))
+        if self._reads_only or nameless or foreign or blind:
+            return self._second().write(
+                key,
+                payload,
+                metadata=metadata,
+                content_type=content_type,
+                if_absent=if_absent,
+                if_match=if_match,
+                on_bytes=on_bytes,
+            )
+        hashed = HashedPayload(payload, *algorithms)
+        write = super().write
+        info = self._again(
+            lambda: write(
+                key,
+                hashed.payload,
+                metadata=metadata,
+                content_type=content_type,
+                if_absent=if_absent,
+                if_match=if_match,
+                on_bytes=on_bytes,
+            )
         )
+        if not info.digests:  # else the second driver sent it, and looked
+            self._check_stored(info, hashed.digests, conditional=if_absent or if_match is not None)
+        return info
+
+    def _check_stored(
+        self, info: ObjectInfo, sent: Mapping[str, Digest], *, conditional: bool
+    ) -> None:
+        """Raise unless the store has what was sent, by its entity tag or its checksums."""
+        if info.hint in sent.values():
+            return
+        where = self._where(info.key)
+        try:
+            known = self._json_api.checksums(info.key, info.version)
+        except NoJsonApiError:
+            # Then the tag is all there is. Of an object in one piece it is the MD5.
+            known = (info.hint,) if info.hint is not None else ()
+        except (AuthenticationError, ModelMissingError):
+            return  # who may write only cannot look; or it was replaced already
+        wrong = [one for one in known if sent.get(one.algorithm, one) != one]
+        if not wrong:
+            return
+        problem = (
+            f"{sent[wrong[0].algorithm]} was sent, and the store has {wrong[0]}: it was damaged on "
+            "the way"
+        )
+        try:
+            if info.version is not None:
+                self._json_api.remove(info.key, info.version)
+        except (ModelMissingError, ObjectChangedError):
+            pass  # somebody else's is there by now
+        except (StorageError, NoJsonApiError) as exc:
+            if conditional:
+                # The next try would find it there and take it for its own.
+                raise IntegrityError(
+                    f"{where}: {problem}, and it could not be removed; delete it"
+                ) from exc
+        raise TransientError(f"{where}: {problem}")
+
+    def _second_can_write(self) -> bool:
+        try:
+            self._json_api.checksums("-", None)
+        except NoJsonApiError:
+            return False
+        except StorageError:
+            pass  # it speaks that API, as the second driver does
+        return True
 
     def _mode(self, key: str, if_absent: bool, if_match: ObjectInfo | None) -> Any:
         if if_match is None:
@@ -185,15 +323,28 @@ class GcsObstoreBackend(ObstoreBackend):
         """See :meth:`Backend.copy`."""
         if self._reads_only:
             self._second().copy(source, key, version=version, bucket=bucket)
-        else:
-            super().copy(source, key, version=version, bucket=bucket)
+            return
+        copy = super().copy
+        self._again(lambda: copy(source, key, version=version, bucket=bucket))
+
+    def _copy(self, source: str, key: str) -> None:
+        try:
+            self._json_api.copy(source, key)
+        except NoJsonApiError:
+            super()._copy(source, key)
 
     def delete(self, keys: Sequence[str]) -> None:
         """See :meth:`Backend.delete`."""
         if self._reads_only:
             self._second().delete(keys)
-        else:
-            super().delete(keys)
+            return
+        for key in keys:
+            self._takes(key)  # refuses what is no key
+        with suppress(NoJsonApiError):
+            self._json_api.delete(keys)
+            return
+        delete = super().delete
+        self._again(lambda: delete(keys))
 
     def sign(self, key: str, method: str, expires: float) -> str:
         """See :meth:`Backend.sign`."""
@@ -203,6 +354,9 @@ class GcsObstoreBackend(ObstoreBackend):
         """See :meth:`Backend.close`."""
         with self._reader_lock:
             self._reader_opened = None
+            json_api, self._json_api_opened = self._json_api_opened, None
+        if json_api is not None:
+            json_api.close()
         super().close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,7 +18,10 @@ _KIB = 1024
 # All chunks but the last are a multiple of this; the store insists.
 _STEP = 256 * _KIB
 _CHUNK = 16 * _KIB * _KIB
-_ATTEMPTS = 64
+# Seconds before each try of a chunk that the store does not take; then the upload has failed.
+_PAUSES = (0.1, 0.5, 1.0, 2.0)
+# Whoever asks for more than that gets the whole upload again, later.
+_LONGEST_PAUSE = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +50,7 @@ class ResumableUpload:
         self,
         where: str,
         begin: Callable[[], str],
-        put: Callable[[str, bytes, str], Answer],
+        put: Callable[[str, bytes, Mapping[str, str]], Answer],
         cancel: Callable[[str], int],
     ) -> None:
         """Describe the upload; entering the block begins it.
@@ -54,7 +58,7 @@ class ResumableUpload:
         Args:
             where: the object's URI, for messages.
             begin: returns the URL of a new session.
-            put: sends bytes to that URL with a ``Content-Range``.
+            put: sends bytes to that URL with some headers.
             cancel: ends the session; returns the status of the answer.
         """
         self._where = where
@@ -62,6 +66,7 @@ class ResumableUpload:
         self._put = put
         self._cancel = cancel
         self._url = ""
+        self._begun = 0
         self._sent = 0
         self.answer: dict[str, Any] = {}
         """What the store says of the object, after the last chunk."""
@@ -91,16 +96,28 @@ class ResumableUpload:
                 one_line(problem),
             )
 
-    def send(self, data: bytes, *, last: bool) -> None:
-        """Send the next chunk, again from where the store has it if it kept only a part."""
+    def send(self, data: bytes, *, last: bool, checksum: str = "") -> None:
+        """Send the next chunk; what the store did not keep of it is sent again.
+
+        After a failure the store is asked how much it has, so that nothing else is paid twice.
+
+        Args:
+            data: the chunk.
+            last: whether it is the last one.
+            checksum: of the object, as ``x-goog-hash`` has it; with the last chunk.
+        """
+        self._begun = self._sent
         end = self._sent + len(data)
-        start = self._sent
-        for _ in range(_ATTEMPTS):
-            rest = memoryview(data)[self._sent - start :]
-            content_range = f"bytes {self._sent}-{end - 1}/{end if last else '*'}"
-            answer = self._put(
-                self._url, bytes(rest) if self._sent > start else data, content_range
-            )
+        total = str(end) if last else "*"
+        failures, unsure = 0, False
+        while True:
+            try:
+                answer = self._ask(total) if unsure else self._send(data, end, total, checksum)
+            except TransientError as exc:
+                failures += 1
+                self._wait(failures, exc)
+                unsure = True
+                continue
             if answer.status != 308:
                 if not last:
                     break
@@ -111,10 +128,42 @@ class ResumableUpload:
             if kept == end and not last:
                 self._sent = end
                 return
-            if not self._sent < kept < end:
+            if not self._sent <= kept < end:
                 break
+            if kept > self._sent:
+                failures = 0
+            elif not unsure:
+                failures += 1
+                self._wait(failures, None)
             self._sent = kept
-        raise TransientError(
+            unsure = False
+        raise self._lost()
+
+    def _send(self, data: bytes, end: int, total: str, checksum: str) -> Answer:
+        skipped = self._sent - self._begun
+        rest = bytes(memoryview(data)[skipped:]) if skipped else data
+        headers = {"Content-Range": f"bytes {self._sent}-{end - 1}/{total}"}
+        if checksum:
+            headers["x-goog-hash"] = checksum
+        return self._put(self._url, rest, headers)
+
+    def _ask(self, total: str) -> Answer:
+        return self._put(self._url, b"", {"Content-Range": f"bytes */{total}"})
+
+    def _wait(self, failures: int, exc: TransientError | None) -> None:
+        """Wait before the next try, or raise if there is to be none."""
+        if failures > len(_PAUSES):
+            raise exc or self._lost()
+        pause = _PAUSES[failures - 1]
+        if exc is not None:
+            asked = exc.retry_after or (_PAUSES[-1] if exc.throttled else 0.0)
+            if asked > _LONGEST_PAUSE:
+                raise exc
+            pause = max(pause, asked)
+        time.sleep(pause)
+
+    def _lost(self) -> TransientError:
+        return TransientError(
             f"{self._where}: the store lost track of the upload at byte {self._sent}; nothing is "
             "stored"
         )
