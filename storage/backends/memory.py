@@ -180,6 +180,10 @@ class MemoryBackend:
         """Return whether there is a hint: it is always the MD5 of the content."""
         return info.hint is not None
 
+    def checksums(self, info: ObjectInfo) -> tuple[Digest, ...]:
+        """Return nothing: ``stat`` tells all that there is."""
+        return ()
+
     def filesystem(self) -> tuple[AbstractFileSystem, str]:
         """See :meth:`Backend.filesystem`."""
         from storage.backends.filesystem import BackendFileSystem

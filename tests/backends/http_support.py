@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 from storage.backends.base import Backend, Body, ByteRange, ObjectInfo, Payload
 from storage.client import StorageClient
 from storage.config import load_settings
+from storage.testing.fault_script import Fault, Request
 from tests.servers.nginx_http import put_file
 
 _EMPTY = "a URL may hold empty segments; nginx before a folder gives them no meaning"
@@ -155,7 +156,14 @@ CANARY = "CANARY5ecret"
 
 def fast_client(config: Any = None, **transfer: Any) -> StorageClient:
     """Return a client with small parts that does not wait long between attempts."""
-    options = {"part_size": 64 * 1024, "connections": 4, "attempts": 3, "stall_timeout": 5.0}
+    options = {
+        "part_size": 64 * 1024,
+        "connections": 4,
+        "attempts": 3,
+        "stall_timeout": 5.0,
+        "retry_wait": 0.01,
+        "throttle_wait": 0.02,
+    }
     return StorageClient(config, load_settings(transfer=options | transfer))
 
 
@@ -163,3 +171,17 @@ def quiet(error: BaseException) -> bool:
     """Tell whether neither an error nor what it shows of its causes holds the canary."""
     text = "".join(traceback.format_exception(error)) + repr(error) + str(error.args)
     return CANARY not in text
+
+
+def nth(fault: Fault, method: str = "GET", number: int = 2) -> Callable[[Request], Fault | None]:
+    """Return a script by which one request meets ``fault``, the ``number``-th of its method."""
+    left = iter([None] * (number - 1) + [fault])
+
+    def script(request: Request) -> Fault | None:
+        return next(left, None) if request.method == method else None
+
+    return script
+
+
+def named(fault: Fault) -> str:
+    return f"{fault.kind}-{fault.status}" if fault.status else fault.kind

@@ -13,6 +13,7 @@ from storage.backends.http.headers import (
     content_range,
     digests,
     disposition_name,
+    hint,
     kept_coding,
     last_part,
     length,
@@ -21,12 +22,16 @@ from storage.backends.http.headers import (
     url_text,
     validators,
 )
+from storage.digest import available
 
 _OLD = "Mon, 02 Nov 2026 10:00:00 GMT"
 _NOW = "Mon, 02 Nov 2026 10:01:00 GMT"
 _JUST_BEFORE = "Mon, 02 Nov 2026 10:00:59 GMT"
 SHA256 = hashlib.sha256(b"model")
 MD5 = hashlib.md5(b"model")
+CRC32C, CRC64 = "rrG8yQ==", "sMAami3HpC0="
+# Computed only where a package for it is installed.
+CRCS = [name for name in ("crc64nvme", "crc32c") if available(name)]
 
 
 def headers(**given: str) -> CaseInsensitiveDict[str]:
@@ -158,9 +163,19 @@ def test_retry_after_is_seconds_or_a_date(given: dict[str, str], seconds: float 
         ({"Content_MD5": b64(MD5)}, False, []),
         ({"X_Checksum_Sha256": SHA256.hexdigest()}, False, ["sha256"]),
         ({"X_Checksum_Md5": MD5.hexdigest().upper()}, False, ["md5"]),
-        ({"X_Amz_Checksum_Sha256": b64(SHA256)}, False, ["sha256"]),
+        ({"X_Amz_Checksum_Sha256": b64(SHA256)}, True, ["sha256"]),
+        ({"X_Amz_Checksum_Sha256": b64(SHA256)}, False, []),
+        (
+            {"X_Amz_Checksum_Sha256": b64(SHA256), "X_Amz_Checksum_Type": "COMPOSITE"},
+            True,
+            [],
+        ),
+        ({"X_Amz_Checksum_Crc64nvme": CRC64, "X_Amz_Checksum_Crc32c": CRC32C}, True, CRCS),
+        ({"X_Amz_Checksum_Crc32": "m4ZBYA=="}, True, []),
+        ({"X_Linked_ETag": f'"{SHA256.hexdigest()}"'}, False, ["sha256"]),
+        ({"X_Linked_ETag": f'"{MD5.hexdigest()}"'}, True, []),
         ({"X_Amz_Checksum_Sha256": f"{b64(SHA256)}-3"}, False, []),
-        ({"X_Goog_Hash": f"crc32c=n03x6A==, md5={b64(MD5)}"}, False, ["md5"]),
+        ({"X_Goog_Hash": f"crc32c={CRC32C}, md5={b64(MD5)}"}, False, ["md5", *CRCS[1:]]),
         (
             {"X_Goog_Hash": f"md5={b64(MD5)}", "X_Goog_Stored_Content_Encoding": "gzip"},
             False,
@@ -175,9 +190,36 @@ def test_digest_is_taken_only_from_what_is_one(
     given: dict[str, str], whole: bool, found: list[str]
 ) -> None:
     expected = {"sha256": SHA256.hexdigest(), "md5": MD5.hexdigest()}
+    expected |= {"crc32c": "aeb1bcc9", "crc64nvme": "b0c01a9a2dc7a42d"}
     got = digests(headers(**given), whole=whole)
     assert [digest.algorithm for digest in got] == found
     assert all(digest.hex == expected[digest.algorithm] for digest in got)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"X_Amz_Request_Id": "1"}, True),
+        ({"X_Amz_Request_Id": "1", "X_Amz_Server_Side_Encryption": "AES256"}, True),
+        ({"X_Amz_Request_Id": "1", "X_Amz_Server_Side_Encryption": "aws:kms"}, False),
+        (
+            {
+                "X_Amz_Request_Id": "1",
+                "X_Amz_Server_Side_Encryption_Customer_Algorithm": "AES256",
+            },
+            False,
+        ),
+        # Frameworks for web applications make such ETags of a file's size and time.
+        ({"Server": "uvicorn"}, False),
+    ],
+)
+def test_etag_is_taken_for_an_md5_only_of_an_object_store(
+    given: dict[str, str], found: bool
+) -> None:
+    told = hint(headers(**given, ETag=f'"{MD5.hexdigest()}"'))
+    assert (told is not None) is found
+    assert hint(headers(**given, ETag=f'W/"{MD5.hexdigest()}"')) is None
+    assert hint(headers(**given, ETag=f'"{MD5.hexdigest()}-2"')) is None
 
 
 def test_metadata_of_object_stores_is_found() -> None:

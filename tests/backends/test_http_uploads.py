@@ -27,7 +27,7 @@ from storage.uri import parse_uri
 from tests.backends.http_support import CANARY, FolderRaw, empty, fast_client, quiet
 from tests.servers import SeaweedFS
 from tests.servers.nginx_http import NginxHTTP, put_file
-from tests.servers.odd_http import OddHTTP, Reply, Request, StaticFile
+from tests.servers.odd_http import OddHTTP, Reply, Request, StaticFile, Taker
 
 DATA = content(300_000)
 
@@ -63,11 +63,11 @@ def test_upload_is_one_put_with_length_and_type(
 
 
 def test_stream_of_unknown_size_is_sent_in_chunks(odd_http: Callable[..., OddHTTP]) -> None:
-    server = odd_http(lambda one: Reply(201))
+    server = odd_http(Taker())
     backend = open_backend(parse_uri(f"{server.url}/"), None, OpenOptions())
     info = backend.write("m.bin", Payload(lambda: io.BytesIO(DATA), None))
     backend.close()
-    [request] = server.requests
+    [request] = server.asked("PUT")
     assert (info.size, request.body) == (len(DATA), DATA)
     assert request.headers["Transfer-Encoding"] == "chunked"
 
@@ -116,12 +116,11 @@ def test_refused_upload_is_tried_once(
 def test_upload_that_fails_in_passing_is_repeated_whole(
     odd_http: Callable[..., OddHTTP], model: Path, status: int
 ) -> None:
-    count = iter(range(10))
-    server = odd_http(lambda one: Reply(status if next(count) == 0 else 200))
+    server = odd_http(Taker([status]))
     told = []
     with fast_client() as client:
         client.upload(model, f"{server.url}/m", progress=told.append)
-    assert [one.body for one in server.requests] == [DATA, DATA]
+    assert [one.body for one in server.asked("PUT")] == [DATA, DATA]
     assert told[-1].bytes_done == len(DATA)
 
 
@@ -151,12 +150,12 @@ def test_upload_does_not_promise_to_overwrite_nothing(
 def test_redirected_upload_sends_the_body_again_and_no_secret(
     odd_http: Callable[..., OddHTTP], model: Path, status: int
 ) -> None:
-    theirs = odd_http(lambda one: Reply(201), "localhost")
+    theirs = odd_http(Taker(), "localhost")
     ours = odd_http(lambda one: Reply(status, headers={"Location": f"{theirs.url}/there"}))
     told = []
     with fast_client(HTTPConfig(token=CANARY)) as client:
         client.upload(model, f"{ours.url}/m", progress=told.append)
-    [request] = theirs.requests
+    [request] = theirs.asked("PUT")
     assert (request.method, request.target, request.body) == ("PUT", "/there", DATA)
     assert "Authorization" not in request.headers
     assert told[-1].bytes_done == len(DATA)
@@ -431,10 +430,7 @@ def test_closing_one_backend_leaves_the_others_connections(
 
 
 def test_write_of_bytes_returns_what_the_server_says(odd_http: Callable[..., OddHTTP]) -> None:
-    def handler(request: Request) -> Reply:
-        return Reply(200, headers={"ETag": '"new"'})
-
-    server = odd_http(handler)
+    server = odd_http(Taker(headers={"ETag": '"new"'}))
     backend = open_backend(parse_uri(f"{server.url}/"), None, OpenOptions())
     info = backend.write("m", bytes_payload(b"123"))
     backend.close()

@@ -246,3 +246,26 @@ class StaticFile:
         if self.cuts and len(body) > 1:
             cut = self.cuts.pop(0)
         return Reply(status, body, headers, chunked=self.chunked, cut=cut)
+
+
+@dataclass
+class Taker:
+    """A handler: takes what is PUT, and gives it back.
+
+    Attributes:
+        statuses: of the next answers to PUT; 201 after them.
+        headers: of the answers to PUT.
+        stored: what was put, by its path.
+    """
+
+    statuses: list[int] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    stored: dict[str, bytes] = field(default_factory=dict)
+
+    def __call__(self, request: Request) -> Reply:
+        """Answer a request."""
+        if request.method == "PUT":
+            self.stored[request.path] = request.body
+            return Reply(self.statuses.pop(0) if self.statuses else 201, headers=self.headers)
+        data = self.stored.get(request.path)
+        return Reply(404) if data is None else Reply(200, data)

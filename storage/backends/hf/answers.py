@@ -21,9 +21,11 @@ from storage.errors import (
 if TYPE_CHECKING:
     import requests
 
-__all__ = ["Facts", "HubObject", "check_key", "described", "extent", "new_object"]
+__all__ = ["GIT_ID", "Facts", "HubObject", "check_key", "described", "extent", "new_object"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+GIT_ID = re.compile(r"[0-9a-f]{40}")
+"""What git calls a commit, or the content of a file."""
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 # Small files may be sent whole where a part was asked for.
 _MAX_SKIP = 32 * 1024 * 1024
@@ -97,7 +99,11 @@ def new_object(key: str, size: int | None, oid: str, commit: str | None) -> HubO
     """Describe a file by its identity (``oid``, quoted or not; may be empty)."""
     oid = oid.strip('"')
     digests = (Digest("sha256", oid),) if _SHA256.fullmatch(oid) else ()
-    return HubObject(key, size, f'"{oid}"' if oid else None, commit, digests=digests)
+    # Git's id is checked where all bytes pass: a small file is read whole, from its beginning.
+    whole = GIT_ID.fullmatch(oid) is not None
+    return HubObject(
+        key, size, f'"{oid}"' if oid else None, commit, digests=digests, ranged=not whole
+    )
 
 
 def described(item: Mapping[str, Any], commit: str) -> HubObject:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import builtins
 import hashlib
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from storage.backends.base import (
@@ -25,9 +25,17 @@ from storage.backends.base import (
     OpenOptions,
     Payload,
 )
-from storage.backends.hf.answers import Facts, HubObject, check_key, described, extent
+from storage.backends.hf.answers import (
+    GIT_ID,
+    Facts,
+    HubObject,
+    check_key,
+    described,
+    extent,
+)
 from storage.backends.hf.errors import translated, understood
 from storage.backends.hf.session import HubSession, check_online
+from storage.digest import Digest
 from storage.errors import (
     ConfigurationError,
     IntegrityError,
@@ -48,7 +56,6 @@ __all__ = ["HubBackend", "HubObject", "open_backend"]
 
 _CAPABILITIES = Capabilities(batch_write=True, if_match=True, metadata=False, any_key=False)
 _BLOCK = 256 * 1024
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_REDIRECTS = 5
 _REFUSED = (400, 401, 403, 404, 410)
 # The Hub signs an address for an hour; one of a commit's file always leads to the same bytes.
@@ -91,6 +98,8 @@ class HubBackend:
         self._prefix = "" if repo_type == "model" else f"{repo_type}s/"
         self._lock = threading.Lock()
         self._links: dict[tuple[str, str, str], tuple[str, HubObject, float]] = {}
+        self.unanswered: set[frozenset[str]] = set()
+        """Keys of conditional commits of which nobody knows whether they were made."""
 
     @property
     def name(self) -> str:
@@ -125,9 +134,7 @@ class HubBackend:
             if response.status_code == 404:
                 return
             with understood(where):
-                page = [
-                    described(item, commit) for item in response.json() if item["type"] == "file"
-                ]
+                page = list(_files(response.json(), commit, where))
                 url = self._next_page(response)
             yield from (info for info in page if info.key.startswith(prefix))
 
@@ -155,15 +162,9 @@ class HubBackend:
         except BaseException:
             response.close()
             raise
-        info = HubObject(
-            key,
-            known if known is not None else size,
-            info.etag,
-            info.version,
-            digests=info.digests,
-        )
+        info = replace(info, size=known if known is not None else size)
         chunks = _chunks(response, skip, length, where)
-        if info.size and length == info.size and _COMMIT.fullmatch((info.etag or "").strip('"')):
+        if info.size and length == info.size and GIT_ID.fullmatch((info.etag or "").strip('"')):
             chunks = _as_in_git(chunks, info, where)
         return Body(info, chunks, response.close)
 
@@ -285,6 +286,9 @@ class HubBackend:
     def is_digest(self, info: ObjectInfo) -> bool:
         return False
 
+    def checksums(self, info: ObjectInfo) -> tuple[Digest, ...]:
+        return ()
+
     def filesystem(self) -> tuple[AbstractFileSystem, str]:
         try:
             from huggingface_hub import HfFileSystem
@@ -325,7 +329,7 @@ class HubBackend:
         Raises:
             InvalidInput: the revision is a commit.
         """
-        if _COMMIT.fullmatch(self.revision):
+        if GIT_ID.fullmatch(self.revision):
             raise InvalidInput(
                 f"{self.where('')} names a commit, which never changes; name a branch to write to"
             )
@@ -345,7 +349,7 @@ class HubBackend:
             BucketMissingError: there is no such repository.
             ModelMissingError: there is no such revision.
         """
-        if _COMMIT.fullmatch(revision):
+        if GIT_ID.fullmatch(revision):
             return revision
         path = self.api(f"revision/{quote(revision, safe='')}?expand=sha")
         response = self.session.call("GET", path, where)
@@ -361,14 +365,26 @@ class HubBackend:
             form = [*(("paths", key) for key in some), ("expand", "false")]
             response = self.session.call("POST", self.api(f"paths-info/{commit}"), where, form=form)
             with understood(where):
-                for item in response.json():
-                    if item["type"] == "file":
-                        found[item["path"]] = described(item, commit)
+                for info in _files(response.json(), commit, where):
+                    found[info.key] = info
         return found
 
     def _file_url(self, key: str, revision: str) -> str:
         place = f"{self._prefix}{self._repo}/resolve/{quote(revision, safe='')}"
         return f"{self.session.endpoint}/{place}/{quote(key)}"
+
+
+def _files(items: Sequence[Mapping[str, Any]], commit: str, where: str) -> Iterator[HubObject]:
+    """Yield the files of a listing.
+
+    Raises:
+        TransientError: it holds what no listing does, so one of its letters may be wrong.
+    """
+    for item in items:
+        if item["type"] == "file":
+            yield described(item, commit)
+        elif item["type"] not in ("directory", "unknown"):
+            raise TransientError(f"{where}: the Hub's answer is damaged")
 
 
 def _chunks(

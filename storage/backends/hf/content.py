@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 from storage.backends.base import Payload
 from storage.backends.drivers.streams import exactly
@@ -173,9 +173,16 @@ class Source:
 class Operations:
     """The lines of a commit, on disk if they are many."""
 
-    def __init__(self) -> None:
-        """Begin without a line."""
+    def __init__(self, on_bytes: Callable[[int], object] | None = None) -> None:
+        """Begin without a line.
+
+        Args:
+            on_bytes: called with the bytes of small files that were sent, as they are outside of
+                the commit; negative: that have to be sent again.
+        """
         self._file = tempfile.SpooledTemporaryFile(_COMMIT_MEMORY)  # noqa: SIM115 -- see __exit__
+        self._on_bytes = on_bytes
+        self._content = self._told = 0
 
     def __enter__(self) -> Self:
         return self
@@ -190,6 +197,7 @@ class Operations:
 
     def add_file(self, path: str, data: bytes) -> None:
         """Add a small file with its content."""
+        self._content += len(data)
         content = base64.b64encode(data).decode()
         self.add("file", {"content": content, "path": path, "encoding": "base64"})
 
@@ -200,25 +208,42 @@ class Operations:
     def after(self, header: Mapping[str, Any]) -> _Lines:
         """Return the body of a commit with this header."""
         first = json.dumps({"key": "header", "value": header}).encode() + b"\n"
-        return _Lines(first, self._file)
+        return _Lines(first, self)
+
+    def size(self) -> int:
+        """Return the length of all lines."""
+        return self._file.seek(0, os.SEEK_END)
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield all lines, each time anew."""
+        size, position = self.size(), 0
+        self._file.seek(0)
+        self._tell(0)
+        while block := self._file.read(_BLOCK):
+            yield block
+            position += len(block)
+            self._tell(self._content * position // size)
+
+    def _tell(self, moved: int) -> None:
+        if self._on_bytes is not None and moved != self._told:
+            self._on_bytes(moved - self._told)
+        self._told = moved
 
 
 class _Lines:
-    """A header and a file after it, as an iterable with a length."""
+    """A header and the lines after it, as an iterable with a length."""
 
-    def __init__(self, first: bytes, file: IO[bytes]) -> None:
+    def __init__(self, first: bytes, operations: Operations) -> None:
         self._first = first
-        self._file = file
-        self._length = len(first) + file.seek(0, os.SEEK_END)
+        self._operations = operations
+        self._length = len(first) + operations.size()
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[bytes]:
         yield self._first
-        self._file.seek(0)
-        while block := self._file.read(_BLOCK):
-            yield block
+        yield from self._operations.blocks()
 
 
 def git_oid(data: bytes) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from storage.backends.drivers.fsspec_errors import Kind, error, retry_after
+from storage.backends.drivers.fsspec_errors import THROTTLED, Kind, error, retry_after
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -56,11 +56,14 @@ _NAMES: tuple[tuple[str, Kind], ...] = (
     ("builtins.UnicodeError", ConfigurationError),
 )
 _NAMELESS = "Invalid username or password"
+_STALLED = {"requests.ReadTimeout", "urllib3.ReadTimeoutError"}
 _UNREACHABLE = {"urllib3.NewConnectionError", "urllib3.ConnectTimeoutError"}
 _TLS_SETTINGS = re.compile(
     r"WRONG_VERSION_NUMBER|HTTP_REQUEST|UNKNOWN_PROTOCOL|RECORD_LAYER|NO_START_LINE|NO_CERTIFICATE"
     r"|PEM|BAD_BASE64"
 )
+# Codes of S3.
+_DAMAGED = re.compile(r"<Code>(?:BadDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
 _RESET = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
 
@@ -109,20 +112,42 @@ def from_answer(
         return _refused(where, status, message, anonymous)
     kind = _STATUS.get(status, TransientError if status >= 500 else StorageError)
     wait = _wait(headers) if issubclass(kind, TransientError) else None
-    return error(kind, where, f"{status}: {message}" if message else str(status), wait)
+    text = f"{status}: {message}" if message else str(status)
+    return error(kind, where, text, wait, throttled=status in THROTTLED)
 
 
-def from_storage(where: str, host: str, status: int, headers: Mapping[str, str]) -> StorageError:
+def from_storage(
+    where: str,
+    host: str,
+    status: int,
+    headers: Mapping[str, str],
+    text: str = "",
+    *,
+    fresh: bool = False,
+) -> StorageError:
     """Return the error of ours for an error answer of the storage that the Hub leads to.
 
     It knows nobody's account, only signed addresses, and these expire: where it refuses one,
     another attempt gets another one.
+
+    Args:
+        where: the object's URI.
+        host: of the storage.
+        status: of HTTP.
+        headers: of the answer.
+        text: its body; only looked at.
+        fresh: whether the address cannot have expired, so that another one would be no better.
     """
     if status in (400, 401, 403, 404, 410):
-        return TransientError(
-            f"{where}: {one_line(host)} did not accept the address that the Hub gave ({status}); "
-            "a proxy or a firewall may stand in the way"
+        said = f"{where}: {one_line(host)} did not accept "
+        if _DAMAGED.search(text):
+            return TransientError(f"{said}the bytes ({status}): they were damaged on the way")
+        said += (
+            f"the address that the Hub gave ({status}); a proxy or a firewall may stand in the way"
         )
+        if not fresh or "expired" in text.lower():
+            return TransientError(said)
+        return AuthenticationError(said) if status in (401, 403) else StorageError(said)
     # Its words are not the Hub's, and may repeat the address with its signature.
     kept = {"Retry-After": headers["Retry-After"]} if "Retry-After" in headers else {}
     return from_answer(where, status, kept)
@@ -136,6 +161,9 @@ def understood(where: str) -> Iterator[None]:
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as exc:
         if isinstance(exc, StorageError):
             raise
+        # What began as the Hub's answers do is one that was cut or damaged on the way.
+        if str(getattr(exc, "doc", ""))[:1] in ("{", "["):
+            raise TransientError(f"{where}: the Hub's answer is cut or damaged") from exc
         raise StorageError(
             f"{where}: the answer is not one of a Hub ({type(exc).__name__}); check the endpoint "
             "and the proxy"
@@ -201,7 +229,8 @@ def _classify(exc: Exception, reasons: list[BaseException], where: str) -> Stora
         if name in lineage:
             if any(_UNREACHABLE & _lineage(reason) for reason in reasons):
                 kind = UnreachableError
-            return error(kind, where, _summary(exc, reasons))
+            stalled = bool(_STALLED & {each for reason in reasons for each in _lineage(reason)})
+            return error(kind, where, _summary(exc, reasons), stalled=stalled)
     return None
 
 

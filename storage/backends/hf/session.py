@@ -38,8 +38,8 @@ __all__ = ["HubSession", "check_online", "hub_endpoint", "hub_token"]
 _PUBLIC = "https://huggingface.co"
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
-# The Hub answers a commit when all of it is written.
-_PATIENCE = 300.0
+# The Hub answers a commit when all of it is written; that may take so many stall timeouts.
+_PATIENCE = 10
 _SMALL = 64 * 1024
 _MAX_ANSWER = 64 * 1024 * 1024
 _PLAIN_URL = re.compile(r"(?i)https?://[^\s\\/?#@\x00-\x20\x7f]+(?:[/?#]|$)")
@@ -192,7 +192,7 @@ class HubSession:
                 data=body,
                 stream=True,
                 allow_redirects=False,
-                timeout=(connect, max(stall, _PATIENCE) if patient else stall),
+                timeout=(connect, stall * _PATIENCE if patient else stall),
                 proxies=self._proxies(url),
                 verify=self._verify(),
             )
@@ -287,9 +287,18 @@ class HubSession:
             raise
         return target
 
-    def error(self, response: requests.Response, where: str) -> StorageError:
-        """Return the error of ours for an error answer, and free its connection."""
+    def error(
+        self, response: requests.Response, where: str, *, fresh: bool = False
+    ) -> StorageError:
+        """Return the error of ours for an error answer, and free its connection.
+
+        Args:
+            response: the answer.
+            where: the URI that the error is about.
+            fresh: whether the address that was asked was given a moment ago.
+        """
         message = ""
+        data = b""
         try:
             data = response.raw.read(_SMALL)
             if "json" in response.headers.get("Content-Type", ""):
@@ -301,7 +310,10 @@ class HubSession:
             response.close()
         if not self.speaks_for_the_hub(response.url):
             host = urlsplit(response.url).hostname or ""
-            return from_storage(where, host, response.status_code, response.headers)
+            text = data.decode("utf-8", "replace")
+            return from_storage(
+                where, host, response.status_code, response.headers, text, fresh=fresh
+            )
         return from_answer(
             where,
             response.status_code,

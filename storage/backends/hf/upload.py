@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
@@ -26,6 +28,7 @@ from storage.errors import (
     ObjectExistsError,
     StorageError,
     TransientError,
+    few,
     one_line,
 )
 
@@ -39,6 +42,10 @@ _PREUPLOAD_BATCH = 256
 _STREAMS = 4
 # Commits of others that may come in between, before one call gives up.
 _ATTEMPTS = 8
+# The Hub signs addresses for an hour at least; one that is refused earlier has not expired.
+_FRESH = 600.0
+# Commits that replace one that is not what was sent.
+_REPAIRS = 2
 _LFS = {"Accept": "application/vnd.git-lfs+json", "Content-Type": "application/vnd.git-lfs+json"}
 
 T = TypeVar("T")
@@ -85,7 +92,8 @@ class Upload:
         self._files = [_File(item, hub.where(item.key)) for item in items]
         for file in self._files:
             check_key(file.key, file.where, writing=True)
-        if len({file.key for file in self._files}) != len(items):
+        self._keys = frozenset(file.key for file in self._files)
+        if len(self._keys) != len(items):
             raise InvalidInput(f"{hub.where('')}: a key is given twice in one commit")
         self._hub = hub
         self._session = hub.session
@@ -93,6 +101,7 @@ class Upload:
         self._if_match = if_match
         self._on_bytes = on_bytes or (lambda count: None)
         self._where = hub.where(items[0].key if len(items) == 1 else "")
+        self._looked = False
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._threads = max(1, min(_STREAMS, hub.options.connections))
@@ -100,16 +109,27 @@ class Upload:
     def run(self) -> list[HubObject]:
         """Send the bytes, commit them, and tell what is there."""
         conditional = self._if_absent or self._if_match is not None
-        parent = self._permitted() if conditional else None
-        with Source(self._hub.options.memory // 4) as source, Operations() as operations:
-            commit = self._ask_how(source)
-            large = [file for file in self._files if file.large]
-            self._in_threads(lambda file: self._send_large(source, file), large)
-            for file in self._files:
-                self._add(source, file, operations)
-            # All of them or none: what another commit put there meanwhile is replaced too.
-            if conditional or any(file.there != file.oid for file in self._files):
-                commit = self._commit(operations, parent)
+        with (
+            Source(self._hub.options.memory // 4) as source,
+            Operations(self._on_bytes) as operations,
+        ):
+            commit = self._done_before(source) if conditional else None
+            if commit is None:
+                parent = self._permitted() if conditional else None
+                commit = self._ask_how(source)
+                large = [file for file in self._files if file.large]
+                self._in_threads(lambda file: self._send_large(source, file), large)
+                for file in self._files:
+                    self._add(source, file, operations)
+                # All of them or none: what another commit put there meanwhile is replaced too.
+                if conditional or any(file.there != file.oid for file in self._files):
+                    try:
+                        commit = self._publish(operations, parent)
+                    except TransientError:
+                        if conditional:
+                            self._hub.unanswered.add(self._keys)
+                        raise
+            self._hub.unanswered.discard(self._keys)
         return [new_object(file.key, file.size, file.oid, commit) for file in self._files]
 
     # -- conditions --------------------------------------------------------------------------
@@ -134,6 +154,39 @@ class Upload:
                 raise ObjectChangedError(f"{self._where} is no longer the file that was expected")
         return head
 
+    def _done_before(self, source: Source) -> str | None:
+        """Return the commit that holds just these files, if an earlier try may have made it.
+
+        That the keys exist, or are not what they were, is then its own doing.
+        """
+        hub = self._hub
+        if self._keys not in hub.unanswered:
+            return None
+        head = hub.commit_of(hub.revision, self._where)
+        found = hub.files_at(head, [file.key for file in self._files])
+        self._look(source)
+        for file in self._files:
+            info = found.get(file.key)
+            if info is None or info.size != file.size:
+                return None
+            with source.opened(file.key, file.item.payload, file.where) as content:
+                file.oid = content.sha256() if info.digests else git_oid(content.data())
+            if info.etag != f'"{file.oid}"':
+                return None
+        return head
+
+    def _publish(self, operations: Operations, parent: str | None) -> str:
+        """Commit, and look whether the commit holds what was sent; else commit once more."""
+        expected = {file.key: file.oid for file in self._files}
+        for _ in range(_REPAIRS + 1):
+            made = self._commit(operations, parent)
+            wrong = wrong_files(self._hub, made, expected, self._where)
+            if not wrong:
+                return made
+            # Nobody but this upload put them there, and nobody else may have come after it.
+            parent = made if parent is not None else None
+        raise _damaged(self._where, made, wrong)
+
     def _commit(self, operations: Operations, parent: str | None) -> str:
         count = len(self._files)
         summary = f"Upload {self._files[0].key if count == 1 else f'{count} files'}"
@@ -149,11 +202,16 @@ class Upload:
 
     # -- bytes -------------------------------------------------------------------------------
 
+    def _look(self, source: Source) -> None:
+        if not self._looked:
+            for file in self._files:
+                file.size, file.sample = source.look(file.key, file.item.payload, file.where)
+        self._looked = True
+
     def _ask_how(self, source: Source) -> str | None:
         """Learn which files are large ones by the Hub's rules, and what is there already."""
         hub, commit = self._hub, None
-        for file in self._files:
-            file.size, file.sample = source.look(file.key, file.item.payload, file.where)
+        self._look(source)
         path = hub.api(f"preupload/{quote(hub.revision, safe='')}")
         for start in range(0, len(self._files), _PREUPLOAD_BATCH):
             some = self._files[start : start + _PREUPLOAD_BATCH]
@@ -192,7 +250,6 @@ class Upload:
             response = self._session.call("POST", path, where, json=asked, headers=_LFS)
             upload, verify = _actions(response.json, where)
             if upload is None:
-                self._on_bytes(content.size)
                 return
             self._put(where, content, file.oid, upload)
             if verify is not None:
@@ -207,8 +264,9 @@ class Upload:
     def _put(self, where: str, content: Content, oid: str, action: Mapping[str, Any]) -> None:
         header = _plain(action.get("header"))
         url = self._session.own_url(action["href"])
+        expires = time.monotonic() + _FRESH
         if "chunk_size" not in header:
-            self._put_stretch(where, url, content, (0, content.size), header)
+            self._put_stretch(where, url, content, (0, content.size), header, expires)
             return
         with understood(where):
             length = int(header["chunk_size"])
@@ -219,13 +277,17 @@ class Upload:
 
         def put(index: int) -> dict[str, Any]:
             span = (index * length, min((index + 1) * length, content.size))
-            etag = self._put_stretch(where, addresses[index], content, span, {})
+            etag = self._put_stretch(where, addresses[index], content, span, {}, expires)
             return {"partNumber": index + 1, "etag": etag}
 
-        parts = self._in_threads(put, range(count))
-        self._session.call(
-            "POST", url, where, json={"oid": oid, "parts": parts}, headers=_LFS, patient=True
-        )
+        done = {"oid": oid, "parts": self._in_threads(put, range(count))}
+        try:
+            self._session.call("POST", url, where, json=done, headers=_LFS, patient=True)
+        except StorageError as exc:
+            if type(exc) is not StorageError:
+                raise
+            # The parts are not what was announced, most likely.
+            raise TransientError(f"{one_line(exc)}; the parts have to be sent again") from exc
 
     def _put_stretch(
         self,
@@ -234,11 +296,13 @@ class Upload:
         content: Content,
         span: tuple[int, int],
         headers: Mapping[str, str],
+        expires: float,
     ) -> str:
         body = Stretch(content, *span, self._on_bytes, self._stop)
         response = self._session.send("PUT", url, where, headers=headers, body=body, patient=True)
         if response.status_code >= 300:
-            raise self._session.error(response, where)
+            fresh = time.monotonic() < expires
+            raise self._session.error(response, where, fresh=fresh)
         self._session.discard(response)
         return response.headers.get("ETag", "")
 
@@ -250,7 +314,6 @@ class Upload:
             data = content.data()
         file.oid = git_oid(data)
         operations.add_file(file.key, data)
-        self._on_bytes(len(data))
 
     def _in_threads(self, function: Callable[[T], R], arguments: Iterable[T]) -> list[R]:
         """Call ``function`` for each argument, a few at once; the first failure ends them all."""
@@ -258,20 +321,28 @@ class Upload:
         if len(work) < 2 or self._threads < 2:
             return [function(argument) for argument in work]
         with ThreadPoolExecutor(min(self._threads, len(work)), "hub-upload") as pool:
-            futures = [pool.submit(function, argument) for argument in work]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failures = [found for future in done if (found := future.exception()) is not None]
-            if failures:
-                # What fails from here on fails because of this one.
-                self._failure = self._failure or failures[0]
+            # What happens in a thread belongs to the span that began it.
+            futures = [pool.submit(copy_context().run, function, argument) for argument in work]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                failures = [found for future in done if (found := future.exception()) is not None]
+                if failures:
+                    # What fails from here on fails because of this one.
+                    self._failure = self._failure or failures[0]
+                    raise self._failure
+            except BaseException:
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-                raise self._failure
+                raise
         return [future.result() for future in futures]
 
 
 def commit(
-    hub: HubBackend, summary: str, operations: Operations, parent: str | None, where: str
+    hub: HubBackend,
+    summary: str,
+    operations: Operations,
+    parent: str | None,
+    where: str,
 ) -> str:
     """Commit and return the new commit.
 
@@ -294,6 +365,29 @@ def commit(
         return str(response.json()["commitOid"])
 
 
+def wrong_files(hub: HubBackend, commit: str, expected: Mapping[str, str], where: str) -> list[str]:
+    """Return those files of a commit that are not what was sent.
+
+    What the Hub stores beside the commit it holds to the SHA-256 that was announced. What came
+    within the commit is held to nothing.
+
+    Args:
+        hub: where it is.
+        commit: that was just made.
+        expected: the identities of the files, by their keys.
+        where: for messages.
+    """
+    try:
+        found = hub.files_at(commit, list(expected))
+    except ModelMissingError as exc:
+        raise TransientError(f"{where}: the commit {commit} cannot be looked at yet") from exc
+    return [
+        key
+        for key, oid in expected.items()
+        if (info := found.get(key)) is None or info.etag != f'"{oid}"'
+    ]
+
+
 def copy(hub: HubBackend, pairs: Sequence[tuple[str, str]], version: str | None = None) -> None:
     """Commit files of the repository again under other names, all in one commit.
 
@@ -310,7 +404,7 @@ def copy(hub: HubBackend, pairs: Sequence[tuple[str, str]], version: str | None 
     origin = hub.commit_of(version, where) if version is not None else head
     sources = hub.files_at(origin, [source for source, _ in pairs])
     found = hub.files_at(head, [key for _, key in pairs])
-    count = 0
+    changed: dict[str, str] = {}
     with Operations() as operations:
         for source, key in pairs:
             info = sources.get(source)
@@ -319,19 +413,21 @@ def copy(hub: HubBackend, pairs: Sequence[tuple[str, str]], version: str | None 
             there = found.get(key)
             if there is not None and there.etag == info.etag:
                 continue
-            count += 1
+            changed[key] = (info.etag or "").strip('"')
             if info.digests:
                 operations.add_large(key, info.digests[0].hex, info.size)
             else:
                 with hub.read(source, pin=info) as body:
                     operations.add_file(key, b"".join(bytes(piece) for piece in body))
-        if not count:
+        if not changed:
             return
-        summary = f"Copy {count} files" if count > 1 else f"Copy {source} to {key}"
+        summary = f"Copy {len(changed)} files" if len(changed) > 1 else f"Copy {source} to {key}"
         try:
-            commit(hub, summary, operations, None, where)
+            made = commit(hub, summary, operations, None, where)
         except ObjectChangedError as exc:
             raise _restless(where) from exc
+    if wrong := wrong_files(hub, made, changed, where):
+        raise _damaged(where, made, wrong)
 
 
 def delete(hub: HubBackend, keys: Sequence[str]) -> None:
@@ -357,6 +453,13 @@ def delete(hub: HubBackend, keys: Sequence[str]) -> None:
                 continue
             return
     raise _restless(where)
+
+
+def _damaged(where: str, commit: str, keys: Sequence[str]) -> TransientError:
+    return TransientError(
+        f"{where}: the commit {commit} holds something else than was sent ({few(keys)}); the way "
+        "to the Hub damages what passes"
+    )
 
 
 def _restless(where: str) -> TransientError:

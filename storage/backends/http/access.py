@@ -86,7 +86,9 @@ def _headers(url: str, origin: Origin, config: HTTPConfig | None) -> dict[str, s
 
 
 def _basic(user: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
+    # Variables may hold bytes that are no text.
+    text = f"{user}:{password}".encode(errors="surrogateescape")
+    return "Basic " + base64.b64encode(text).decode("ascii")
 
 
 def host_headers(host: str, environ: Mapping[str, str]) -> dict[str, str]:

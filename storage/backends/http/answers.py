@@ -11,15 +11,26 @@ from storage.backends.http.headers import (
     content_coding,
     digests,
     disposition_name,
+    hint,
     kept_coding,
     last_part,
     metadata,
     validators,
 )
-from storage.errors import UnsupportedOperation
+from storage.errors import UnsupportedOperation, one_line
 
-__all__ = ["coding_to_undo", "describe", "is_page", "page_instead_of_file"]
+__all__ = [
+    "coding_to_undo",
+    "describe",
+    "difference",
+    "instead_of_file",
+    "is_page",
+    "page_instead_of_file",
+]
 
+# What servers, and what stands before them, say errors in.
+_DOCUMENTS = ("text/html", "application/xhtml+xml", "application/xml", "text/xml", "text/plain")
+_JSON = ("application/json", "application/problem+json")
 _PAGE_NAMES = (".html", ".htm", ".xhtml", ".php", ".asp", ".aspx", ".jsp")
 
 
@@ -69,7 +80,7 @@ def describe(
         modified,
         headers.get("Content-Type"),
         () if coding else digests(headers, whole=whole),
-        None,
+        None if coding else hint(headers),
         metadata(headers),
         ranged and not coding and bool(size) and (version or _strong(etag)) is not None,
         # The name in the URL is known before anything is asked, and so it goes first; but
@@ -84,8 +95,38 @@ def _strong(etag: str | None) -> str | None:
 
 def is_page(headers: Mapping[str, str]) -> bool:
     """Tell whether the body is a web page."""
-    kind = headers.get("Content-Type", "").split(";")[0].strip().lower()
-    return kind in ("text/html", "application/xhtml+xml")
+    return _kind(headers.get("Content-Type")) in ("text/html", "application/xhtml+xml")
+
+
+def _kind(content_type: str | None) -> str:
+    return (content_type or "").split(";")[0].strip().lower()
+
+
+def instead_of_file(info: ObjectInfo, pin: ObjectInfo) -> bool:
+    """Tell whether an answer with status 200 is a document about an error, and not the file.
+
+    It has nothing that identifies it, though the file has, and is of another size and type.
+    """
+    return (
+        info.etag is None
+        and info.modified is None
+        and info.size != pin.size
+        and _kind(info.content_type) != _kind(pin.content_type)
+        and _kind(info.content_type) in (*_DOCUMENTS, *_JSON)
+    )
+
+
+def difference(pin: ObjectInfo, info: ObjectInfo) -> str:
+    """Return in which way an answer is not about the file that ``pin`` describes."""
+    for name, mine, theirs in (
+        ("size", pin.size, info.size),
+        ("ETag", pin.etag, info.etag),
+        ("Last-Modified", pin.version, info.version),
+        ("Last-Modified", pin.modified, info.modified),
+    ):
+        if None not in (mine, theirs) and mine != theirs:
+            return one_line(f"its {name} was {mine} and is {theirs} now", 160)
+    return "it says something else of itself"
 
 
 def page_instead_of_file(key: str, headers: Mapping[str, str]) -> bool:

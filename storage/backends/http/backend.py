@@ -6,13 +6,16 @@ paths as they stand in the URL, percent-encoded; ``Location.child`` encodes lite
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
+from weakref import WeakValueDictionary
 
 from storage.backends.base import (
     Body,
@@ -25,18 +28,28 @@ from storage.backends.base import (
 from storage.backends.http.answers import (
     coding_to_undo,
     describe,
+    difference,
+    instead_of_file,
     is_page,
     page_instead_of_file,
 )
-from storage.backends.http.body import Upload, cut, decoded
-from storage.backends.http.errors import refusal
+from storage.backends.http.body import Upload, cut, decoded, no_page
+from storage.backends.http.errors import is_signed, refusal
 from storage.backends.http.headers import content_range, length, url_text, validators
+from storage.backends.http.stored import (
+    SIGNED_WITH_HEADERS,
+    check_stored,
+    digest_headers,
+    local_digest,
+)
+from storage.digest import Digest, MultiHasher
 from storage.errors import (
     AuthenticationError,
     InvalidInput,
     ModelMissingError,
     ObjectChangedError,
     StorageError,
+    TransientError,
     UnsupportedOperation,
     redact,
 )
@@ -68,9 +81,8 @@ _DELETED = (200, 202, 204, 404, 410)
 _WORTH_ASKING = 4 * 1024 * 1024
 # Bytes to throw away rather than to begin again where a range was asked for and all came.
 _SKIP = 8 * 1024 * 1024
-# The older way of signing (AWS's version 2, Google's, Alibaba's) covers the Content-Type, and who
-# signs names none as a rule.
-_SIGNED_WITH_TYPE = re.compile(r"(?:^|&)Signature=")
+# Seconds in which a name that was wrong once, and is told again, was not taken up anew.
+_DOUBT = 120.0
 _DOTS = re.compile(r"(?:^|/)\.{1,2}(?:/|$)")
 
 
@@ -99,6 +111,9 @@ class HTTPBackend:
         self._opened: Transport | None = None
         self._no_ranges: set[str] = set()
         self._no_pins: set[str] = set()
+        self._refuted: dict[tuple[str, str], float] = {}
+        self._etags_are_digests: bool | None = None
+        self._writing: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def _transport(self) -> Transport:
         with self._lock:
@@ -146,6 +161,7 @@ class HTTPBackend:
 
     def _refusal(self, answer: Answer, key: str, method: str) -> StorageError:
         """Return the error for an answer that is no success, and free its connection."""
+        text = answer.text() if answer.status == 400 else ""
         answer.discard()
         return refusal(
             answer.status,
@@ -154,6 +170,7 @@ class HTTPBackend:
             method=method,
             query=self._query,
             elsewhere=answer.elsewhere,
+            text=text,
         )
 
     # -- reading -----------------------------------------------------------------------------
@@ -161,6 +178,14 @@ class HTTPBackend:
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         self._check_readable(key)
         info = self._head(key) or self._probe(key)
+        refuted = self._refuted.get((key, info.pin or ""))
+        if refuted is not None and time.monotonic() < refuted + _DOUBT:
+            # It is called by this name again, though something else came when that was asked
+            # for: several servers are behind the address, or HEAD and GET do not agree. Nobody
+            # can tell which bytes this describes; but all bytes of one answer are of one file.
+            self._no_pins.add(key)
+            self._no_ranges.add(key)
+            info = replace(info, size=None, digests=(), hint=None)
         if key in self._no_ranges:
             info = replace(info, ranged=False)
         if key in self._no_pins:
@@ -195,13 +220,17 @@ class HTTPBackend:
         answer = self._ask("GET", key, {"Range": "bytes=0-0"})
         headers = answer.headers
         part = content_range(headers)
+        partial = answer.status == 206 and part is not None and part.start == 0
+        if not partial and answer.status not in (*_OK, 416):
+            error = self._refusal(answer, key, "GET")
+            self._check_page(answer, key)
+            raise error
         # All of it may be under way, and nobody wants it yet.
         answer.discard()
         self._check_page(answer, key)
         if answer.status == 416 and part is not None and part.total == 0:
             return describe(key, headers, "", 0, ranged=False, whole=False)
-        partial = answer.status == 206 and part is not None and part.start == 0
-        if not partial and answer.status not in _OK:
+        if answer.status == 416:
             raise self._refusal(answer, key, "GET")
         coding = coding_to_undo(key, headers, self._where(key))
         size = part.total if partial and part is not None else length(headers)
@@ -231,31 +260,44 @@ class HTTPBackend:
         part = content_range(answer.headers)
         if span is not None and answer.status in (206, 416) and part is not None:
             if pin is not None and None not in (part.total, pin.size) and part.total != pin.size:
-                raise ObjectChangedError(f"{where} is no longer the version that was asked for")
-            if (part.start, part.end) != (span.start, span.end):
-                raise StorageError(
-                    f"{where}: bytes {span.start} to {span.end} were asked for; "
-                    f"{part.start} to {part.end} of {part.total} came"
-                )
+                raise self._changed(key, pin, f"it has {part.total} bytes, not {pin.size}")
+            if answer.status == 206 and (part.start, part.end) != (span.start, span.end):
+                raise self._without_ranges(key)
         if span is not None and answer.status == 416 and pin is not None:
-            raise ObjectChangedError(f"{where} has no bytes {span.start} to {span.end} any more")
+            raise self._changed(key, pin, f"it has no bytes {span.start} to {span.end} any more")
+        if answer.status == 412 and pin is not None:
+            answer.discard()
+            raise self._changed(key, pin, "the server says that another one is there")
         partial = answer.status == 206
         if not partial and answer.status not in _OK:
             raise self._refusal(answer, key, "GET")
+        if partial and span is not None and part is None:
+            raise self._without_ranges(key)
         if partial and (span is None or part is None):
             raise StorageError(f"{where}: the server sent parts in a form that nobody asked for")
         coding = coding_to_undo(key, answer.headers, where)
         size = part.total if partial and part is not None else length(answer.headers)
         info = describe(key, answer.headers, coding, size, ranged=partial, whole=not partial)
         if pin is not None:
+            if not partial and instead_of_file(info, pin):
+                raise TransientError(
+                    f"{where}: instead of the file came a document of the type "
+                    f"{info.content_type}, most likely about an error; what was asked for is "
+                    f"{pin.content_type or 'of another type'}"
+                )
             self._check_pin(key, info, pin, spliced=span is not None)
         if partial and coding:
             raise self._without_ranges(key)
         if partial and span is not None:
             return Body(info, answer.chunks(len(span), where), answer.close)
-        chunks = answer.chunks(length(answer.headers), where)
+        announced = length(answer.headers)
+        if announced is None and pin is not None and not coding:
+            announced = pin.size
+        chunks = answer.chunks(announced, where)
         if coding:
             chunks = decoded(chunks, coding, where)
+        if page_instead_of_file(key, answer.headers):
+            chunks = no_page(chunks, key, where)
         if span is not None:
             if span.start > _SKIP and pin is not None:
                 raise self._without_ranges(key)
@@ -266,9 +308,7 @@ class HTTPBackend:
         """Refuse bytes of another version, and ``spliced`` ones that may be of another."""
         moved = pin.version is not None and info.modified not in (None, pin.modified)
         if moved or pin.differs_from(info):
-            raise ObjectChangedError(
-                f"{self._where(key)} is no longer the version that was asked for"
-            )
+            raise self._changed(key, pin, difference(pin, info))
         if pin.pin is None or info.pin == pin.pin:
             return
         # It may be the same content, but the server does not say so.
@@ -281,6 +321,14 @@ class HTTPBackend:
                 f"{self._where(key)}: the server says of which version it is when asked for the "
                 "headers, and not when asked for the file; read it again, without that version"
             )
+
+    def _changed(self, key: str, pin: ObjectInfo, how: str) -> ObjectChangedError:
+        """Remember that ``pin`` does not describe what is read under its name."""
+        if pin.pin is not None:
+            self._refuted[key, pin.pin] = time.monotonic()
+        return ObjectChangedError(
+            f"{self._where(key)} is no longer the version that was asked for: {how}"
+        )
 
     def _without_ranges(self, key: str) -> ObjectChangedError:
         """Remember that ranges of ``key`` cannot be relied on; the engine then begins anew."""
@@ -342,8 +390,15 @@ class HTTPBackend:
                 f"{where}: too many servers ignore the condition of a PUT; none is sent, and "
                 "nothing was written"
             )
-        headers = {}
-        if not _SIGNED_WITH_TYPE.search(self._query):
+        signed, plain = is_signed(self._query), self._base.startswith("http:")
+        wanted = self._config.verify_uploads if self._config is not None else None
+        algorithm = digest = None
+        if wanted is not False and (signed or plain or wanted):
+            # Object stores, which sign, know the MD5 of what they store.
+            algorithm = "md5" if signed else "sha256"
+            digest = local_digest(payload, algorithm)
+        headers = digest_headers(digest, self._query) if digest is not None else {}
+        if not SIGNED_WITH_HEADERS.search(self._query):
             headers["Content-Type"] = content_type or "application/octet-stream"
         if payload.size is not None:
             headers["Content-Length"] = str(payload.size)
@@ -352,15 +407,32 @@ class HTTPBackend:
         def open_body() -> Upload:
             for earlier in bodies:
                 earlier.rewind()
-            bodies.append(Upload(payload, where, on_bytes))
+            unknown = algorithm if digest is None else None
+            bodies.append(Upload(payload, where, on_bytes, unknown))
             return bodies[-1]
 
-        answer = self._ask("PUT", key, headers, open_body)
-        if answer.status not in _WRITTEN:
-            raise self._refusal(answer, key, "PUT")
-        answer.discard()
+        # Over TLS nothing is damaged on the way without notice, and a signature for PUT is none
+        # for GET.
+        read_back = algorithm is not None and not signed
+        with self._alone(key) if read_back else contextlib.nullcontext():
+            answer = self._ask("PUT", key, headers, open_body)
+            if answer.status not in _WRITTEN:
+                raise self._refusal(answer, key, "PUT")
+            answer.discard()
+            total, sent = bodies[-1].total, digest or bodies[-1].digest()
+            if sent is not None:
+                read = (lambda: self.read(key)) if read_back else None
+                check_stored(answer.headers, sent, total, where, read)
         etag = validators(answer.headers).etag
-        return ObjectInfo(key, bodies[-1].total, etag, content_type=content_type)
+        return ObjectInfo(key, total, etag, content_type=content_type)
+
+    def _alone(self, key: str) -> threading.Lock:
+        """Return the lock of those who write ``key`` and then read back what they wrote."""
+        with self._lock:
+            lock = self._writing.get(key)
+            if lock is None:
+                lock = self._writing[key] = threading.Lock()
+            return lock
 
     def copy(
         self, source: str, key: str, *, version: str | None = None, bucket: str | None = None
@@ -389,7 +461,18 @@ class HTTPBackend:
     # -- the rest ----------------------------------------------------------------------------
 
     def is_digest(self, info: ObjectInfo) -> bool:
-        return False
+        # Nothing but the bytes themselves can tell, so they are asked for once more.
+        if info.hint is None or self._etags_are_digests is False:
+            return False
+        hasher = MultiHasher((info.hint.algorithm,))
+        with self.read(info.key, None, info) as body:
+            for chunk in body:
+                hasher.update(chunk)
+        self._etags_are_digests = info.hint in hasher.digests().values()
+        return self._etags_are_digests
+
+    def checksums(self, info: ObjectInfo) -> tuple[Digest, ...]:
+        return ()
 
     def filesystem(self) -> tuple[AbstractFileSystem, str]:
         from storage.backends.http.filesystem import HTTPFileSystem

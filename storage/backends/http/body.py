@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 from storage.backends.base import ByteRange, Payload
+from storage.backends.http.headers import last_part
+from storage.digest import Digest, MultiHasher
 from storage.errors import IntegrityError, StorageError, TransientError
 
-__all__ = ["CODINGS", "Upload", "cut", "decoded"]
+__all__ = ["CODINGS", "Upload", "cut", "decoded", "no_page"]
 
 _BLOCK = 256 * 1024
 _DECODED = 1024 * 1024
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 CODINGS = tuple(_WINDOW_BITS)
 """Content codings that :func:`decoded` can undo."""
+
+
+# Kinds of files of which none begins as a web page does.
+_BINARY = re.compile(
+    r"\.(?:7z|arrow|bin|bz2|ckpt|gguf|ggml|gz|h5|hdf5|joblib|json|keras|mar|mlmodel|msgpack|npy|npz"
+    r"|onnx|ot|parquet|pb|pickle|pkl|pmml|pt|pth|safetensors|tar|tflite|tgz|wasm|whl|xz|ya?ml|zip"
+    r"|zst)$",
+    re.IGNORECASE,
+)
+_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE)
 
 
 class Upload:
@@ -30,10 +43,15 @@ class Upload:
     """
 
     def __init__(
-        self, payload: Payload, where: str, on_bytes: Callable[[int], object] | None
+        self,
+        payload: Payload,
+        where: str,
+        on_bytes: Callable[[int], object] | None,
+        algorithm: str | None = None,
     ) -> None:
-        """Open the payload."""
+        """Open the payload; ``algorithm`` is that of ``digest``, if it is wanted."""
         self.total = 0
+        self._hasher = MultiHasher((algorithm,) if algorithm is not None else ())
         self.error: BaseException | None = None
         self._announced = payload.size
         self._where = where
@@ -59,6 +77,7 @@ class Upload:
             ):
                 raise self._wrong_size(total + len(following))
             yield held
+            self._hasher.update(held)
             self.total = total
             if self._on_bytes is not None:
                 self._on_bytes(len(held))
@@ -79,6 +98,10 @@ class Upload:
             pieces.append(piece)
             missing -= len(piece)
         return b"".join(pieces)
+
+    def digest(self) -> Digest | None:
+        """Return the digest of what was sent, if it was wanted."""
+        return next(iter(self._hasher.digests().values()), None)
 
     def rewind(self) -> None:
         """Take back what was counted; the body is sent again, by another one."""
@@ -129,6 +152,23 @@ def decoded(chunks: Iterable[bytes], coding: str, where: str) -> Iterator[bytes]
         problem = exc
     if problem is not None or (begun and not decoder.eof):
         raise TransientError(f"{where}: the body is no whole {coding} stream") from problem
+
+
+def no_page(chunks: Iterable[bytes], key: str, where: str) -> Iterator[bytes]:
+    """Pass a body that is announced as a web page on, unless it is one and the file is none.
+
+    Raises:
+        TransientError: it is.
+    """
+    first = _BINARY.search(last_part(key)) is not None
+    for chunk in chunks:
+        if first and _PAGE.match(chunk[:1024]):
+            raise TransientError(
+                f"{where}: the server sent a web page instead of the file, with the status of a "
+                "success; it may be an error, or one for logging in: look at it"
+            )
+        first = False
+        yield chunk
 
 
 def cut(chunks: Iterable[bytes], span: ByteRange, where: str) -> Iterator[bytes]:

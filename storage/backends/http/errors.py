@@ -22,9 +22,15 @@ from storage.errors import (
     one_line,
 )
 
-__all__ = ["failure", "refusal"]
+__all__ = ["failure", "is_signed", "refusal"]
 
 _TRANSIENT = (408, 423, 425, 429)
+_THROTTLED = (429, 503)
+# By which object stores say more than "bad request".
+_CODE = re.compile(r"<Code>([A-Za-z0-9]+)</Code>")
+_EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+_DAMAGED = ("BadDigest", "InvalidDigest", "Md5Mismatch", "XAmzContentChecksumMismatch")
+_MAX_TEXT = 4096
 _MISMATCH = "CertificateError"
 _SIGNED = re.compile(r"(?i)(?:^|&)(?:x-amz-signature|x-goog-signature|signature|sig|expires)=")
 
@@ -37,6 +43,7 @@ def refusal(
     method: str,
     query: str,
     elsewhere: str | None,
+    text: str = "",
 ) -> StorageError:
     """Return what an answer that is no success means.
 
@@ -48,8 +55,12 @@ def refusal(
         query: of the URL; only looked at, never shown.
         elsewhere: the origin that answered, if a redirection led to another one, to which no
             credentials were sent.
+        text: the answer's body, which may hold the code of an object store; never shown.
     """
-    if status in (401, 403, 407):
+    code = headers.get("x-ms-error-code", "")
+    if status == 400 and (match := _CODE.search(text[:_MAX_TEXT])):
+        code = match[1]
+    if status in (401, 403, 407) or (status == 400 and code in _EXPIRED):
         return AuthenticationError(f"{where}: {_who(status, headers, query, elsewhere)}")
     if status in (404, 410):
         return ModelMissingError(where, f"{where}: the server knows no such file ({status})")
@@ -63,14 +74,27 @@ def refusal(
         return UnsupportedOperation(
             f"{where}: the server takes no body of unknown size (411); upload a file"
         )
-    if status in _TRANSIENT or status >= 500:
-        return TransientError(f"{where}: the server answered {status}", retry_after(headers))
+    if status == 400 and code in _DAMAGED:
+        return TransientError(f"{where}: the server got other bytes than were sent ({code})")
+    if status in _TRANSIENT or status >= 500 or code == "RequestTimeout":
+        return TransientError(
+            f"{where}: the server answered {status}",
+            retry_after(headers),
+            throttled=status in _THROTTLED,
+        )
     hint = ""
     if status == 409 and method == "PUT":
         hint = "; a folder may have to be made first, or one of that name is there"
     elif status == 413:
         hint = ": it takes no file of this size"
+    elif status == 400 and is_signed(query):
+        hint = "; the URL is a signed one, which may have expired"
     return StorageError(f"{where}: the server answered {method} by {status}{hint}")
+
+
+def is_signed(query: str) -> bool:
+    """Tell whether the query of a URL is a signature that permits what is asked."""
+    return _SIGNED.search(query) is not None
 
 
 def _who(status: int, headers: Mapping[str, str], query: str, elsewhere: str | None) -> str:
@@ -84,7 +108,7 @@ def _who(status: int, headers: Mapping[str, str], query: str, elsewhere: str | N
             f"access was refused ({status}) after a redirection to {elsewhere}, to which the "
             "credentials are not sent; give its URL if it is the one to trust"
         )
-    if _SIGNED.search(query):
+    if is_signed(query):
         return (
             f"access was refused ({status}); the URL is a signed one: it may have expired, or "
             "be for another method or other headers; ask for a new one"
@@ -163,7 +187,7 @@ def _classify(
             "proxy's URL holds what HTTP does not allow, such as a line break"
         )
     if names & {"ReadTimeoutError", "ReadTimeout"} or isinstance(chain[-1], TimeoutError):
-        return TransientError(f"{where}: not a byte came for {stall_timeout:g} s")
+        return TransientError(f"{where}: not a byte came for {stall_timeout:g} s", stalled=True)
     return TransientError(f"{where}: the connection broke ({text})")
 
 

@@ -12,8 +12,8 @@ from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from storage.backends.base import content_digests
-from storage.digest import Digest
+from storage.backends.base import content_digests, md5_hint
+from storage.digest import Digest, available
 from storage.errors import InvalidInput
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "content_range",
     "digests",
     "disposition_name",
+    "hint",
     "kept_coding",
     "last_part",
     "length",
@@ -46,7 +47,8 @@ _ALGORITHMS = {"sha-256": "sha256", "sha-512": "sha512", "sha": "sha1", "md5": "
 _GZIP_NAMES = (".gz", ".gzip", ".svgz", ".taz", ".tgz")
 _GZIP_TYPES = ("application/gzip", "application/x-gzip", "application/x-gunzip")
 # Cheapest first among those that no attacker can forge.
-_BEST_FIRST = ("blake3", "sha256", "sha512", "sha1", "md5")
+_BEST_FIRST = ("blake3", "sha256", "sha512", "sha1", "md5", "crc64nvme", "crc32c")
+_AMZ_CHECKSUMS = ("sha256", "sha1", "crc64nvme", "crc32c")
 
 
 def url_text(text: str, *, query: bool = False) -> str:
@@ -199,7 +201,24 @@ def digests(headers: Headers, *, whole: bool) -> tuple[Digest, ...]:
             continue
     for digest in content_digests(metadata(headers)):
         found.setdefault(digest.algorithm, digest)
-    return tuple(found[name] for name in _BEST_FIRST if name in found)
+    return tuple(found[name] for name in _BEST_FIRST if name in found and available(name))
+
+
+def hint(headers: Headers) -> Digest | None:
+    """Return the MD5 that the ETag most likely is, or ``None``.
+
+    Only where an object store of S3's kind answered, and did not encrypt with a key that makes
+    its ETag something else. Many other servers make ETags that look like an MD5 of the file and
+    are one of its name, size or time.
+    """
+    if not any(name.lower().startswith("x-amz-") for name in headers):
+        return None
+    encryption = headers.get("x-amz-server-side-encryption", "")
+    if encryption.startswith("aws:") or any(
+        name.lower().startswith("x-amz-server-side-encryption-customer") for name in headers
+    ):
+        return None
+    return md5_hint(headers.get("ETag"))
 
 
 def _claims(headers: Headers, whole: bool) -> Iterator[tuple[str, str]]:
@@ -213,14 +232,19 @@ def _claims(headers: Headers, whole: bool) -> Iterator[tuple[str, str]]:
                 yield _ALGORITHMS[match[1].lower()], _hex(match[3])
     for algorithm in ("sha256", "sha512", "sha1", "md5"):
         yield algorithm, headers.get(f"X-Checksum-{algorithm}", "").strip().lower()
-    yield "sha256", _hex(headers.get("X-Amz-Checksum-Sha256", ""))
+    # The Hub's name for a large file is its SHA-256; a redirection to the file tells it.
+    yield "sha256", headers.get("X-Linked-ETag", "").strip().strip('"')
+    # Of a part that was uploaded on its own, S3 may tell that part's.
+    if whole and headers.get("X-Amz-Checksum-Type", "").upper() != "COMPOSITE":
+        for algorithm in _AMZ_CHECKSUMS:
+            yield algorithm, _hex(headers.get(f"X-Amz-Checksum-{algorithm}", ""))
     yield "md5", _hex(headers.get("X-Ms-Blob-Content-MD5", ""))
     # Google's is of the stored bytes, which it may have decompressed for this answer.
     if headers.get("X-Goog-Stored-Content-Encoding", "identity") == "identity":
         for part in headers.get("X-Goog-Hash", "").split(","):
             name, _, value = part.strip().partition("=")
-            if name == "md5":
-                yield "md5", _hex(value)
+            if name in ("md5", "crc32c"):
+                yield name, _hex(value)
     if whole:
         yield "md5", _hex(headers.get("Content-MD5", ""))
 

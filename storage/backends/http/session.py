@@ -35,6 +35,8 @@ _CHUNK = 256 * 1024
 _SMALL = 64 * 1024
 _REDIRECTS = (301, 302, 303, 307, 308)
 _SAME_METHOD = (307, 308)
+# Says of the file what it is, in an answer that only leads to it.
+_LINKED = "X-Linked-ETag"
 _FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException, OSError)
 
 
@@ -144,6 +146,14 @@ class Answer:
                 self._raw.read(_SMALL, decode_content=False)
         self.close()
 
+    def text(self) -> str:
+        """Return the beginning of the body, as far as it comes, and free the connection."""
+        data = b""
+        with contextlib.suppress(*_FAILURES):
+            data = self._raw.read(_SMALL, decode_content=False)
+        self.close()
+        return data.decode("utf-8", "replace")
+
     def close(self) -> None:
         """Free the connection."""
         self._raw.close()
@@ -184,6 +194,7 @@ class Transport:
         access = self.access
         url = f"{access.origin}{target}"
         origin, trusted, slash_added = access.origin, True, False
+        linked = None
         # One for each origin: by the rules of browsers a cookie is sent to all ports of a host.
         jars: dict[Origin, requests.cookies.RequestsCookieJar] = {}
         for hop in range(access.max_redirects + 1):
@@ -191,7 +202,10 @@ class Transport:
             response = self._send(method, url, headers, where, body, trusted, jar)
             location = response.headers.get("Location")
             if response.status_code not in _REDIRECTS or location is None:
+                if linked is not None:
+                    response.headers.setdefault(_LINKED, linked)
                 return Answer(response, access, url, hop > 0, trusted, slash_added)
+            linked = response.headers.get(_LINKED, linked)
             Answer(response, access, url, True, trusted, False).discard()
             if method not in ("GET", "HEAD") and response.status_code not in _SAME_METHOD:
                 raise StorageError(

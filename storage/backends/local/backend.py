@@ -25,6 +25,7 @@ from storage.backends.base import (
 )
 from storage.backends.local import files, writes
 from storage.backends.local.files import reporting
+from storage.digest import Digest
 from storage.errors import (
     BucketMissingError,
     InvalidInput,
@@ -256,6 +257,10 @@ class LocalBackend:
     def is_digest(self, info: ObjectInfo) -> bool:
         """Return ``False``: a file system knows no digests."""
         return False
+
+    def checksums(self, info: ObjectInfo) -> tuple[Digest, ...]:
+        """Return nothing: a file system knows no digests."""
+        return ()
 
     def filesystem(self) -> tuple[AbstractFileSystem, str]:
         """See :meth:`Backend.filesystem`."""

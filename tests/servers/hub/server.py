@@ -29,8 +29,8 @@ class Hub:
     Attributes:
         writer: account that owns the repositories below ``owner/``.
         reader: account that may read what is public, and write nothing.
-        url: the Hub's own origin.
-        cdn: the origin that large files come from and go to; never sees a token.
+        url: the Hub's own origin. What it is set to, such as a proxy's, is what answers name.
+        cdn: the origin that large files come from and go to; never sees a token. The same.
         page: entries of one page of a listing.
         part_size: bytes above which an upload goes in parts; ``None``: never.
         direct: whether small files are answered at once, and not by a redirect as the public
@@ -67,8 +67,11 @@ class Hub:
         self._begin()
         self._hub_end = Endpoint("127.0.0.1", "hub", self._answer, self._failed, self._tls)
         self._cdn_end = Endpoint("localhost", "cdn", self._answer, self._failed, self._tls)
-        self.url, self.cdn = self._hub_end.url, self._cdn_end.url
+        self._name_origins()
         return self
+
+    def _name_origins(self) -> None:
+        self.url, self.cdn = self._hub_end.url, self._cdn_end.url
 
     def _begin(self) -> None:
         self.state = State(BlobStore(self._folder))
@@ -82,6 +85,7 @@ class Hub:
         for path in self._folder.iterdir():
             path.unlink()
         self._set_defaults()
+        self._name_origins()
         self._begin()
         self.forget()
 

@@ -198,10 +198,11 @@ class Uploads:
         return Answer.json({"success": True})
 
     def _finish(self, token: str, upload: _Upload, path: Path) -> None:
-        self._state.blobs.adopt(path, upload.oid, upload.size)
-        upload.repo.lfs.add(upload.oid)
+        # Whatever comes of it, nothing more can be added to it.
         with self._lock:
             self._pending.pop(token, None)
+        self._state.blobs.adopt(path, upload.oid, upload.size)
+        upload.repo.lfs.add(upload.oid)
 
     def _verify(self, request: Request, repo: Repo) -> Answer:
         asked = request.json()
