@@ -27,16 +27,27 @@ from storage.cache.records import (
 )
 from storage.digest import Digest
 
-__all__ = ["TRUSTED", "Index", "Known", "ObjectKey"]
+__all__ = ["TRUSTED", "Index", "Known", "ObjectKey", "kept"]
 
 TRUSTED = frozenset({"blake3", "sha256", "sha512"})
 """Algorithms whose digests stand for the content; for MD5 and SHA-1 somebody can make another."""
+
+_CHECKSUMS = frozenset({"crc32c", "crc64nvme"})
 
 # A download that is killed forgets the small objects of its last seconds.
 _FLUSH_INTERVAL = 2.0
 _FLUSH_SHARE = 20
 _LARGE = 8 * 1024 * 1024
 _KEPT = 512
+
+
+def kept(others: Iterable[Digest]) -> tuple[Digest, ...]:
+    """Return those of a content's other digests that are worth keeping.
+
+    Checksums are not: they tell no content from another, and whoever reads the cache, or what
+    was exported from it, may have nothing to compute them with.
+    """
+    return tuple(digest for digest in others if digest.algorithm not in _CHECKSUMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +123,7 @@ class Index:
                 "pin": source.pin,
                 "blob": str(known.digest),
                 "size": known.size,
-                "others": [str(digest) for digest in known.others],
+                "others": [str(digest) for digest in kept(known.others)],
             }
             entries.append((self._layout.source(source.folder), source.name, entry))
         with self._lock:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from storage.cache.index import kept
 from storage.cache.layout import Layout, hash_text, listed
 from storage.cache.records import DamagedRecordError, force_name, read_record, write_record
 from storage.digest import Digest, tree_digest
@@ -113,7 +114,7 @@ class Manifest:
                     "path": file.path,
                     "size": file.size,
                     "digest": str(file.digest),
-                    "others": [str(digest) for digest in file.others],
+                    "others": [str(digest) for digest in kept(file.others)],
                     "executable": file.executable,
                 }
                 for file in self.files
@@ -137,7 +138,7 @@ class Manifest:
                         _checked(file["path"]),
                         int(file["size"]),
                         Digest.parse(file["digest"]),
-                        tuple(Digest.parse(text) for text in file["others"]),
+                        kept(Digest.parse(text) for text in file["others"]),
                         bool(file["executable"]),
                     )
                     for file in record["files"]

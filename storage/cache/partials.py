@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from storage.cache.layout import Layout, listed
-from storage.cache.owners import Owner, may_live, new_name
+from storage.cache.owners import Owner, current_owner, may_live, new_name
 from storage.files import remove
 
 __all__ = ["JOURNAL", "dead_size", "give_up", "living", "new_partial", "remove_dead"]
@@ -72,6 +72,9 @@ def new_partial(root: str, wanted: Callable[[str], bool] | None = None) -> Itera
 
 def give_up(path: str) -> None:
     """Leave a folder of one's own to whoever wants to go on with it, this process included."""
+    # A child forked meanwhile comes through here too.
+    if Owner.parse(os.path.basename(path)) != current_owner():
+        return
     with contextlib.suppress(OSError):
         os.rename(path, os.path.join(os.path.dirname(path), _GIVEN_UP + os.urandom(8).hex()))
 

@@ -11,10 +11,16 @@ from functools import partial
 
 from storage.backends.base import Backend, BatchItem, Body, Buffer, ObjectInfo, Payload
 from storage.digest import Digest, MultiHasher
-from storage.errors import AuthenticationError, IntegrityError, ModelMissingError, StorageError
+from storage.errors import (
+    AuthenticationError,
+    IntegrityError,
+    ModelMissingError,
+    StorageError,
+    TransientError,
+)
 from storage.transfer.engine import TransferOptions
 from storage.transfer.progress import Meter
-from storage.transfer.reader import can_go_on, open_reader
+from storage.transfer.reader import can_go_on, open_reader, whole_body
 from storage.transfer.retry import RetryPolicy
 from storage.transfer.sending import send_item
 from storage.transfer.verify import algorithms_for, check_digests
@@ -60,7 +66,7 @@ class Source:
                 raise
             self.info = retry.run(partial(origin.stat, info.key))
         self._origin = origin
-        self._where = where
+        self.where = where
         self._retry = retry
         self._expected = expected
         self._kept: tuple[Digest, ...] = ()
@@ -80,9 +86,9 @@ class Source:
     def _open(self) -> io.BufferedReader:
         reader: io.RawIOBase | io.BufferedReader
         if not can_go_on(self.info):
-            reader = _Arriving(self._origin.read(self.info.key))
+            reader = _Arriving(whole_body(self._origin, self.info, self.where))
         else:
-            reader = open_reader(self._origin, self.info, self._retry, self._where)
+            reader = open_reader(self._origin, self.info, self._retry, self.where)
         return io.BufferedReader(_Checked(reader, self), _BUFFER)
 
     def verify(self, hasher: MultiHasher) -> None:
@@ -92,10 +98,10 @@ class Source:
             IntegrityError: the bytes are wrong.
         """
         found: dict[str, Digest] = hasher.digests()
-        doubt = check_digests(self._where, self._vouched, found, self._expected)
+        doubt = check_digests(self.where, self._vouched, found, self._expected)
         if doubt is not None and self._origin.is_digest(self.info):
             raise IntegrityError(
-                f"{self._where}: the store's ETag says {doubt}, the bytes that arrived are "
+                f"{self.where}: the store's ETag says {doubt}, the bytes that arrived are "
                 f"{found[doubt.algorithm]}; nothing was written"
             )
 
@@ -176,6 +182,11 @@ class _Checked(io.RawIOBase):
         self._hasher.update(view[:count])
         if self._left is not None:
             self._left -= count
+            if self._left < 0 or (self._left and not count and view):
+                raise TransientError(
+                    f"{self._source.where}: the store says {self._source.info.size} bytes, "
+                    f"{'fewer' if self._left > 0 else 'more'} came"
+                )
         # Where the size is known, before the last bytes are handed on: the writer must not
         # see the end of wrong ones.
         done = self._left == 0 if self._left is not None else count == 0 and len(view) > 0

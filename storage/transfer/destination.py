@@ -101,6 +101,7 @@ class Destination:
         self._source = source
         self._journal: Journal | None = None
         self._published = False
+        self._maker = os.getpid()
 
     @property
     def content(self) -> str:
@@ -391,6 +392,9 @@ class Destination:
                 lock.release()
 
     def _clean_up(self, error: BaseException | None) -> None:
+        # A child forked meanwhile comes through here too.
+        if os.getpid() != self._maker:
+            return
         journal, self._journal = self._journal, None
         if journal is not None:
             kept = self._staging is not None and journal.is_worth_keeping(error)

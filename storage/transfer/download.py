@@ -268,7 +268,9 @@ class Job:
             self._tracked.drop()
         os.unlink(self.path)
         if self.changed:
+            before = self._info.size
             self._info = self._retried(lambda: self._backend.stat(self._info.key))
+            self._meter.resize(before, self._info.size)
         self.changed = self.spoilt = False
         self._kept, self._arrival = (), None
         self._begin()

@@ -35,7 +35,7 @@ from typing import Any
 
 from storage import files
 from storage.backends.base import ByteRange, ObjectInfo
-from storage.errors import TransferError
+from storage.errors import AuthenticationError, ObjectChangedError, TransferError
 
 __all__ = ["NAME", "STEP", "WORTH", "Journal", "Tracked"]
 
@@ -50,7 +50,8 @@ WORTH = 8 * 1024 * 1024
 
 _FORMAT = 1
 _encode = json.JSONEncoder(separators=(",", ":")).encode
-_WORTH_ANOTHER_TRY = (TransferError, KeyboardInterrupt, SystemExit)
+# Credentials that expire midway are renewed by somebody, and then the rest can be fetched.
+_WORTH_ANOTHER_TRY = (TransferError, AuthenticationError, KeyboardInterrupt, SystemExit)
 
 
 class Journal:
@@ -151,11 +152,13 @@ class Journal:
 
         It should if another try may succeed, and has enough to begin with.
         """
+        if isinstance(error, ObjectChangedError):
+            return False  # of the version that was asked for there is no more
         return isinstance(error, _WORTH_ANOTHER_TRY) and self.noted >= WORTH
 
     def tell(self, error: BaseException | None, where: str) -> None:
         """Add to the message of ``error`` that what has arrived is kept, and where."""
-        if isinstance(error, TransferError):
+        if isinstance(error, (TransferError, AuthenticationError)):
             error.args = (
                 f"{error}; {self.noted} bytes of it are kept {where}, and the next download of "
                 "the same to the same place goes on from there",
@@ -180,6 +183,10 @@ class Journal:
                 del self._files[file.path]
             if file.number is not None:
                 self._append(_line({"drop": file.number}))
+                if self._broken:
+                    # What comes to be in the file is not what the journal says.
+                    with contextlib.suppress(OSError):
+                        os.unlink(self.path)
 
     def _append(self, *lines: bytes) -> None:
         if self._broken:

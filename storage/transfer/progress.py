@@ -128,6 +128,14 @@ class Meter:
             self._present += count
             self._tell()
 
+    def resize(self, old: int | None, new: int | None) -> None:
+        """Take note that an object, replaced meanwhile, has ``new`` bytes instead of ``old``."""
+        with self._lock:
+            if self._bytes_total is None or old is None or new is None:
+                self._bytes_total = None
+            else:
+                self._bytes_total += new - old
+
     def add_object(self) -> None:
         """Count a finished object."""
         with self._lock:

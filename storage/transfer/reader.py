@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 
 from storage.backends.base import Backend, Body, Buffer, ByteRange, ObjectInfo
@@ -10,7 +11,7 @@ from storage.backends.spool import spooled
 from storage.errors import ObjectChangedError, TransientError
 from storage.transfer.retry import RetryPolicy
 
-__all__ = ["ObjectReader", "can_go_on", "open_reader"]
+__all__ = ["ObjectReader", "can_go_on", "open_reader", "whole_body"]
 
 _BUFFER = 1024 * 1024
 # A forward seek shorter than this reads on; a new request costs more.
@@ -144,5 +145,27 @@ def open_reader(
     An object for which it is not made is fetched to a temporary file first.
     """
     if not can_go_on(info):
-        return retry.run(lambda: spooled(backend.read(info.key)), where=where)
+        return retry.run(lambda: _fetched(backend, info, where), where=where)
     return io.BufferedReader(ObjectReader(backend, info, retry, where), _BUFFER)
+
+
+def whole_body(backend: Backend, info: ObjectInfo, where: str) -> Body:
+    """Begin to read all of an object that :func:`can_go_on` is not true of.
+
+    Raises:
+        ObjectChangedError: it is certainly not the one that ``info`` is about.
+    """
+    body = backend.read(info.key)
+    if info.differs_from(body.info):
+        body.close()
+        raise ObjectChangedError(f"{where} was replaced before it was read")
+    return body
+
+
+def _fetched(backend: Backend, info: ObjectInfo, where: str) -> io.BufferedReader:
+    file = spooled(whole_body(backend, info, where))
+    found = os.fstat(file.fileno()).st_size
+    if info.size in (None, found):
+        return file
+    file.close()
+    raise TransientError(f"{where}: {info.size} bytes were announced and {found} came")

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,10 @@ def test_create_by_obstore_whose_answer_was_lost_is_known_again(
             Storage.upload(tmp_path / "a", uri, overwrite=False, config=config)
 
 
+def always(reply: Reply, request: Asked) -> Reply:
+    return reply
+
+
 CALLS: dict[str, Callable[[Backend], object]] = {
     "stat": lambda backend: backend.stat("m/a"),
     "list": lambda backend: list(backend.list("m/")),
@@ -377,6 +382,35 @@ def test_listing_that_is_cut_is_no_listing(
         assert len(list(backend.list("m/"))) == 4
 
 
+def copying(backend: Backend) -> None:
+    backend.copy("m/0", "m/9")
+
+
+def deleting(backend: Backend) -> None:
+    backend.delete(["m/0", "m/1"])
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("act", [copying, deleting])
+def test_error_in_the_body_of_a_success_is_an_error(
+    driver: str, act: Callable[[Backend], object], opened: Open, gcs_server: FakeGCS,
+    gcs_bucket: str,
+) -> None:  # fmt: skip
+    for number in range(2):
+        gcs_server.put_raw(gcs_bucket, f"m/{number}", b"1")
+    broken = True
+
+    def script(request: Request) -> Fault | None:
+        return Fault("error_body") if broken and request.method in ("POST", "DELETE") else None
+
+    with FaultProxy(gcs_server.endpoint, script, store="gcs") as proxy:
+        backend = opened(proxy.endpoint, driver, gcs_bucket)
+        with pytest.raises(TransientError):
+            act(backend)
+        broken = False
+        act(backend)
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_store_that_is_asked_too_often_says_so(
@@ -389,7 +423,7 @@ def test_store_that_is_asked_too_often_says_so(
     ):
         if status == 403 and driver == "obstore" and call is not CALLS["list"]:
             continue  # the JSON API's alone
-        with OddHTTP(lambda request, said=(status, body): Reply(*said)) as server:
+        with OddHTTP(partial(always, Reply(status, body))) as server:
             with pytest.raises(TransientError) as caught:
                 call(opened(server.url, driver))
             assert caught.value.throttled
@@ -461,7 +495,10 @@ def test_token_that_is_refused_is_renewed_once(
         assert backend.stat("m/a").size == 5
         assert (issuer.issued, issuer.refused) == (1, 0)
         issuer.good = 2
-        {**CALLS, "delete": lambda backend: backend.delete(["m/a"])}[call](backend)
+        if call == "delete":
+            backend.delete(["m/a"])
+        else:
+            CALLS[call](backend)
         assert (issuer.issued, issuer.refused) == (2, 1)
         # And no further than that.
         issuer.good = 9

@@ -360,6 +360,9 @@ def test_what_somebody_else_created_is_not_taken_for_an_unanswered_try(
         hub.put(repo, {"a.txt": b"ours"})
         with pytest.raises(ObjectExistsError):
             backend.write("a.txt", bytes_payload(b"more"), if_absent=True)
+        # Nor is it when it is known that it came to nothing.
+        with pytest.raises(ObjectExistsError):
+            backend.write("a.txt", bytes_payload(b"ours"), if_absent=True)
     assert hub.get(repo, "a.txt") == b"ours"
 
 

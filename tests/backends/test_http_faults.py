@@ -322,6 +322,23 @@ def test_mirrors_that_hold_different_versions_give_one_of_them_whole(
     assert fetched(client, f"{server.url}/m.bin", tmp_path) in (DATA, OTHER[:size])
 
 
+def test_parts_that_do_not_say_of_which_version_they_are_are_not_put_together(
+    odd_http: Callable[..., OddHTTP], client: StorageClient, tmp_path: Path
+) -> None:
+    # Replaced within the second that Last-Modified is exact to.
+    time = "Sun, 01 Mar 2020 00:00:00 GMT"
+    head = StaticFile(DATA, modified=time)
+    versions = [
+        StaticFile(data, etag=None, modified=time, conditions=False) for data in (DATA, OTHER)
+    ]
+    turn = iter(range(10_000))
+
+    def handler(request: Request) -> Reply:
+        return head(request) if request.method == "HEAD" else versions[next(turn) % 2](request)
+
+    assert fetched(client, f"{odd_http(handler).url}/m.bin", tmp_path) in (DATA, OTHER)
+
+
 def test_message_says_what_differs(odd_http: Callable[..., OddHTTP]) -> None:
     one, other = StaticFile(DATA), StaticFile(DATA, etag='"v2"', conditions=False)
     server = odd_http(lambda asked: one(asked) if asked.method == "HEAD" else other(asked))

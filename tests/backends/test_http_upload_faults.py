@@ -6,7 +6,9 @@ import base64
 import hashlib
 import io
 import ssl
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from tests.backends.fsspec_servers import PASSWORD, USER, WebdavServer
 from tests.backends.http_support import empty, fast_client, named, nth
 from tests.servers import Azurite, Moto, S3Server, SeaweedFS
 from tests.servers.nginx_http import NginxHTTP
-from tests.servers.odd_http import OddHTTP, Reply, Taker
+from tests.servers.odd_http import OddHTTP, Reply, Request, Taker
 
 SIZE = 10 * 64 * 1024 + 7
 DATA = content(SIZE)
@@ -280,3 +282,28 @@ def test_damaged_upload_by_a_signed_url_of_azure_is_sent_again(
             client.upload(model, f"{proxy.endpoint}/{account.name}/{container}/{key}?{sas}")
         assert [one.method for one in proxy.exchanges] == ["PUT", "PUT"]
     assert azurite.get_raw(container, key) == DATA
+
+
+def test_those_who_write_one_file_take_turns_until_it_is_read_back(
+    odd_http: Callable[..., OddHTTP],
+) -> None:
+    taker, rival = Taker(), threading.Event()
+
+    def handler(request: Request) -> Reply:
+        if request.method == "PUT" and taker.stored:
+            rival.set()
+        elif request.method == "GET" and not rival.is_set():
+            # Long enough for who does not wait.
+            rival.wait(0.5)
+        return taker(request)
+
+    server = odd_http(handler)
+    backend = open_backend(parse_uri(f"{server.url}/"), None, OpenOptions())
+
+    def put(data: bytes) -> None:
+        backend.write("m.bin", Payload(lambda: io.BytesIO(data), len(data)))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(put, [b"one", b"two"]))
+    backend.close()
+    assert [one.method for one in server.requests] == ["PUT", "GET", "PUT", "GET"]

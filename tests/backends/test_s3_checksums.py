@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -20,10 +23,17 @@ from storage.backends.s3.backend import obstore_arguments
 from storage.backends.s3.signed import SignedClient
 from storage.config import S3Config
 from storage.digest import Digest, new_hasher
-from storage.errors import IntegrityError, ObjectExistsError, StorageError, TransientError
+from storage.errors import (
+    IntegrityError,
+    ObjectExistsError,
+    StorageError,
+    TransientError,
+    UnreachableError,
+)
 from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Fault, Request, Script
 from storage.uri import parse_uri
+from tests.servers.forward_proxy import ForwardProxy
 from tests.servers.moto import Moto
 from tests.servers.rclone import RcloneS3
 from tests.servers.s3 import S3Server
@@ -392,6 +402,76 @@ def copied(backend: Backend, prefix: str) -> None:
 
 def written(backend: Backend, prefix: str) -> None:
     backend.write(f"{prefix}/a", bytes_payload(LARGE))
+
+
+@pytest.fixture(scope="module")
+def crowded(seaweedfs: SeaweedFS, shared_bucket: str) -> Iterator[list[str]]:
+    """Two pages of keys, with everything in them that is written otherwise in a listing."""
+    folder = f"crowded-{uuid4().hex}"
+    keys = [f"{folder}/{number:04} +%ä&<" for number in range(1002)]
+    backend = open_backend(
+        parse_uri(f"s3://{shared_bucket}/"),
+        S3Config(seaweedfs.access_key, seaweedfs.secret_key, endpoint_url=seaweedfs.endpoint),
+        OPTIONS,
+    )
+    with closing(backend), ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda key: backend.write(key, bytes_payload(b"1")), keys):
+            pass
+        yield keys
+        backend.delete(keys)
+
+
+@pytest.mark.parametrize("kind", ["error_body", "truncate", "truncate_unsized", "reset"])
+@pytest.mark.parametrize("page", [1, 2])
+def test_listing_that_is_cut_is_no_listing(
+    seaweedfs: SeaweedFS, shared_bucket: str, crowded: list[str], driver: Any, kind: str, page: int
+) -> None:
+    pages = itertools.count(1)
+
+    def script(request: Request) -> Fault | None:
+        return Fault(kind, 0.6) if next(pages) == page else None
+
+    prefix = crowded[0].partition("/")[0] + "/"
+    with (
+        FaultProxy(seaweedfs.endpoint, script, store="s3") as proxy,
+        opened(seaweedfs, shared_bucket, driver, proxy.endpoint) as backend,
+    ):
+        with pytest.raises(TransientError):
+            list(backend.list(prefix))
+        assert [info.key for info in backend.list(prefix)] == crowded
+
+
+def test_nothing_needs_awscrt(
+    seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.backends.s3.signed.find_spec", lambda name: None)
+    put(seaweedfs, shared_bucket, f"{prefix}/a", "sha256")
+    with opened(seaweedfs, shared_bucket, "obstore") as backend:
+        info = listed(backend, prefix)
+        assert backend.checksums(info) == (digest_of("sha256", SMALL),)
+        assert backend.is_digest(info)
+        backend.write(f"{prefix}/a", bytes_payload(LARGE))
+        assert backend.stat(f"{prefix}/a").size == len(LARGE)
+
+
+def test_config_goes_before_what_the_environment_says_of_the_way(
+    seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = "http://127.0.0.1:9"
+    seaweedfs.put_raw(shared_bucket, f"{prefix}/a", b"1")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, nowhere)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with ForwardProxy() as way:
+        with opened(seaweedfs, shared_bucket, "obstore", proxy=way.url) as backend:
+            listed(backend, prefix)
+        assert way.asked
+    with (
+        opened(seaweedfs, shared_bucket, "obstore") as backend,
+        pytest.raises(UnreachableError),
+    ):
+        listed(backend, prefix)
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,14 @@ from tests.servers.process import HOST
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 MIB = 1024 * 1024
+# Seconds without a byte, where a test waits for that.
+HASTE = 0.4
 
 
 @contextmanager
-def serving(answer: Answer, scheme: str = "http") -> Iterator[tuple[S3FsspecBackend, list[str]]]:
+def serving(
+    answer: Answer, scheme: str = "http", patience: float = 10.0
+) -> Iterator[tuple[S3FsspecBackend, list[str]]]:
     """Run a server that gives ``answer``; yield a backend for it and what it was asked."""
     asked: list[str] = []
 
@@ -59,7 +63,7 @@ def serving(answer: Answer, scheme: str = "http") -> Iterator[tuple[S3FsspecBack
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        with closing(backend_at(server.server_address[1], scheme)) as backend:
+        with closing(backend_at(server.server_address[1], scheme, patience)) as backend:
             yield backend, asked
     finally:
         server.shutdown()
@@ -67,10 +71,10 @@ def serving(answer: Answer, scheme: str = "http") -> Iterator[tuple[S3FsspecBack
         thread.join()
 
 
-def backend_at(port: int, scheme: str = "http") -> S3FsspecBackend:
+def backend_at(port: int, scheme: str = "http", patience: float = HASTE) -> S3FsspecBackend:
     endpoint = f"{scheme}://{HOST}:{port}"
     arguments = {"key": "AKIDEXAMPLE", "secret": "SECRETEXAMPLE", "endpoint_url": endpoint}
-    options = OpenOptions(stall_timeout=0.4, connect_timeout=5)
+    options = OpenOptions(stall_timeout=patience, connect_timeout=5)
     return S3FsspecBackend("bucket", arguments, options)
 
 
@@ -172,7 +176,7 @@ def test_body_that_stalls_is_transient() -> None:
         reply(handler, 200, b"x" * 1000, announce=5000)
         done.wait(30)
 
-    with serving(stall) as (backend, _):
+    with serving(stall, patience=HASTE) as (backend, _):
         with backend.read("a") as body, pytest.raises(TransientError):
             list(body)
         done.set()
@@ -204,7 +208,7 @@ def test_server_that_stops_to_take_the_body_is_noticed(size: int) -> None:
             handler.rfile.read(1000)
             done.wait(30)
 
-    with serving(stop_taking) as (backend, _):
+    with serving(stop_taking, patience=HASTE) as (backend, _):
         with pytest.raises(TransientError, match="and then none"):
             backend.write("a", bytes_payload(bytes(size)))
         assert aborted.is_set() == (size > 16 * MIB)

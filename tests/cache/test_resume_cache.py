@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import shutil
@@ -15,22 +16,37 @@ import pytest
 from storage import StorageClient
 from storage.cache.evict import evict, foresee
 from storage.cache.gc import collect, collectable
+from storage.cache.manifests import Manifest, ManifestFile
 from storage.cache.owners import current_owner
+from storage.cache.parcel import export
 from storage.cache.partials import JOURNAL, give_up, new_partial, remove_dead
 from storage.cache.survey import occupied
 from storage.cache.verify import verify
 from storage.config import load_settings
+from storage.digest import Digest, hash_file
 from storage.errors import IntegrityError, TransferError
 from storage.testing.fault_proxy import FaultProxy
 from storage.transfer import journal
+from storage.transfer.engine import Budget
 from tests.cache.processes import dead_owner, foreign_owner, forked, later
 from tests.cache.support import blob_files, wrong_blobs
 from tests.facade.stores import tree_bytes
 from tests.servers import SeaweedFS
 from tests.transfer.faulty import Poor
+from tests.transfer.resume_support import (
+    BIG,
+    FILES,
+    PART,
+    PIECE,
+    SIZE,
+    STEP,
+    TREE,
+    Download,
+    Metered,
+)
 from tests.transfer.resuming import MIB, Resuming
 from tests.transfer.support import KIB, memory_bucket, options, put_all
-from tests.transfer.test_resume import BIG, FILES, PART, PIECE, SIZE, STEP, TREE, Download, Metered
+from tests.transfer.test_store_checksums import Keeping
 
 LARGE = {
     "config.json": b"{}",
@@ -128,6 +144,45 @@ def test_the_message_says_that_it_is_kept(download: Download, cache: Path) -> No
     assert left.name.startswith("given-up-")
 
 
+def test_what_the_cache_has_got_already_is_not_kept_for_the_next_one(
+    download: Download, client: StorageClient, cache: Path
+) -> None:
+    client._budget = Budget(1)
+    with memory_bucket(FILES) as memory:
+        with pytest.raises(TransferError) as caught:
+            download(Metered(memory, 4 * PART), "m")
+        done = sum(path.stat().st_size for path in blob_files(cache))
+        assert done >= PART
+        whole = Metered(memory)
+        download(whole, "m")
+    assert f"; {SIZE - done - whole.read_bytes} bytes of it are kept" in str(caught.value)
+
+
+def test_what_is_here_needs_no_free_space(
+    download: Download, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("storage.client.cached.check_space", lambda _, size: needed.append(size))
+    with memory_bucket(FILES) as memory:
+        fail(download, memory, 5 * PART)
+        whole = Metered(memory)
+        download(whole, "m/sub/weights.bin")
+    assert needed == [len(BIG), whole.read_bytes]
+
+
+def test_what_a_destination_has_in_part_and_the_cache_in_whole_comes_out_right(
+    download: Download, tmp_path: Path
+) -> None:
+    dest = tmp_path / "place" / "model"
+    with memory_bucket(FILES) as memory:
+        with pytest.raises(TransferError):
+            download(Metered(memory, 5 * PART), "m/sub/weights.bin", dest=dest)
+        download(memory, "m")
+        download(memory, "m/sub/weights.bin", dest=dest)
+    assert dest.read_bytes() == BIG
+    assert os.listdir(dest.parent) == ["model"]
+
+
 def test_what_another_try_does_not_help_leaves_nothing(download: Download, cache: Path) -> None:
     def wrong() -> BaseException:
         return IntegrityError("wrong")
@@ -203,6 +258,13 @@ def test_it_is_given_to_one_only(tmp_path: Path) -> None:
             assert os.path.exists(os.path.join(one, JOURNAL))
             assert os.listdir(other) == ["lock"]
     assert partials(tmp_path) == []
+
+
+def test_a_child_gives_up_nothing_of_its_parent(tmp_path: Path) -> None:
+    with new_partial(str(tmp_path)) as path:
+        Path(path, JOURNAL).touch()
+        assert forked(lambda: give_up(path) is None)
+        assert partials(tmp_path) == [Path(path)]
 
 
 def test_two_processes_never_get_the_same(tmp_path: Path) -> None:
@@ -400,3 +462,31 @@ def test_another_boot_fills_anew(
     assert path is not None
     assert Path(path).read_bytes() == LARGE["weights-1.bin"]
     assert proxy.bytes_down - before >= len(LARGE["weights-1.bin"])
+
+
+# -- what is kept of what the store says ---------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["crc32c", "crc64nvme"])
+def test_a_checksum_is_compared_and_not_kept(
+    download: Download, client: StorageClient, cache: Path, tmp_path: Path, algorithm: str
+) -> None:
+    (tmp_path / "x").write_bytes(BIG)
+    right = hash_file(tmp_path / "x", (algorithm,))[algorithm]
+    with memory_bucket(FILES) as memory:
+        backend = Keeping(memory, (right,))
+        for expected in (None, right):
+            download(backend, "m/sub/weights.bin", digest=expected)
+        assert backend.asked == ["m/sub/weights.bin"]
+    parcel = io.BytesIO()
+    export(client.cache, parcel)
+    kept = [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
+    assert not [data for data in (*kept, parcel.getvalue()) if algorithm.encode() in data]
+
+
+def test_a_checksum_that_a_parcel_tells_is_passed_over() -> None:
+    digest = Digest("blake3", "0" * 64)
+    record = Manifest(False, (ManifestFile("a", 1, digest),)).as_record()
+    record["files"][0]["others"] = ["crc64nvme:" + "0" * 16, "md5:" + "0" * 32]
+    (file,) = Manifest.from_record(record).files
+    assert file.others == (Digest("md5", "0" * 32),)

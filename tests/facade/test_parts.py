@@ -86,11 +86,13 @@ def test_clients_have_limits_of_their_own(
     store.put_raw("model.bin", content(1))
     proxy = counting_proxy(store.server.endpoint)
     config = store.through(proxy.endpoint)
-    for part_size, parts in (("4MiB", 3), ("5MiB", 2), ("32MiB", 1)):
-        settings = load_settings(transfer={"part_size": part_size})
+    # Parts are even ones of at most that size, and as many as there are connections for.
+    limits = [("2MiB", 16, 5), ("3MiB", 16, 4), ("4MiB", 1, 3), ("32MiB", 16, 3), ("32MiB", 1, 2)]
+    for number, (part_size, connections, parts) in enumerate(limits):
+        settings = load_settings(transfer={"part_size": part_size, "connections": connections})
         proxy.clear()
         with StorageClient(config, settings) as client:
-            client.download(store.uri("model.bin"), out / part_size)
+            client.download(store.uri("model.bin"), out / str(number))
         assert proxy.count("GET") == parts
 
 
@@ -103,8 +105,10 @@ class AtFirstByte:
     def __init__(self, action: Callable[[], object]) -> None:
         self._action = action
         self.done = 0
+        self.last: Progress
 
     def __call__(self, progress: Progress) -> None:
+        self.last = progress
         if self.done == 0 and progress.bytes_done and not progress.finished:
             self.done = 1
             self._action()
@@ -132,6 +136,8 @@ def test_a_replaced_object_is_never_spliced(
     assert replace.done == 1
     assert Path(path).read_bytes() == new
     assert os.listdir(out) == ([] if kept else ["f"])
+    assert replace.last.finished
+    assert replace.last.bytes_done == replace.last.bytes_total == size
 
 
 def test_a_small_object_replaced_midway_is_never_spliced(store: Store, out: Path) -> None:

@@ -18,6 +18,7 @@ from storage import (
     Storage,
     StorageOperations,
 )
+from storage.digest import MultiHasher
 from tests.facade.stores import STORES, S3Store, Store, needs, tree_bytes
 
 FILES = {"model.bin": b"weights", "config/params.json": b"{}", "empty": b"", "a/b/c": b"deep"}
@@ -36,9 +37,11 @@ def source(tmp_path: Path) -> Path:
 def has_digests(found: Mapping[str, str], data: bytes) -> bool:
     """Tell whether our own digests are there, and nothing that is not of these bytes.
 
-    Google and Azure tell the MD5 beside them.
+    Google and Azure tell the MD5 beside them, Google the CRC-32C too.
     """
-    expected = digests(data) | {"md5": hashlib.md5(data).hexdigest()}
+    told = MultiHasher(("md5", "crc32c"))
+    told.update(data)
+    expected = digests(data) | {name: each.hex for name, each in told.digests().items()}
     return found.items() <= expected.items() and digests(data).keys() <= found.keys()
 
 

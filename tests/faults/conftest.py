@@ -9,7 +9,10 @@ from uuid import uuid4
 import pytest
 
 pytest.register_assert_rewrite(
-    "tests.faults.examples", "tests.faults.harness", "tests.faults.transfers"
+    "tests.faults.examples",
+    "tests.faults.harness",
+    "tests.faults.proxy_support",
+    "tests.faults.transfers",
 )
 
 from storage.backends import open_backend  # noqa: E402
@@ -17,7 +20,10 @@ from storage.backends.base import OpenOptions  # noqa: E402
 from storage.uri import parse_uri  # noqa: E402
 from tests.facade.stores import s3_config  # noqa: E402
 from tests.faults.examples import Bucket, Folder, MemoryBucket, S3Bucket  # noqa: E402
+from tests.faults.proxy_support import DATA  # noqa: E402
 from tests.servers import OpenSeaweedFS, SeaweedFS  # noqa: E402
+from tests.servers.nginx_http import NginxHTTP, put_file  # noqa: E402
+from tests.servers.odd_http import OddHTTP, Reply  # noqa: E402
 
 
 @pytest.fixture
@@ -52,3 +58,17 @@ def make_bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str
         return found
 
     return make
+
+
+@pytest.fixture
+def server(nginx_http: NginxHTTP) -> NginxHTTP:
+    """A server of files with ``DATA`` at ``/model.bin``."""
+    put_file(nginx_http.data, "model.bin", DATA)
+    (nginx_http.data / "written").unlink(missing_ok=True)
+    return nginx_http
+
+
+@pytest.fixture
+def echo(odd_http: Callable[..., OddHTTP]) -> OddHTTP:
+    """A server that answers with the body of the request."""
+    return odd_http(lambda request: Reply(body=request.body or b"nothing"))

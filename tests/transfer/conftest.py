@@ -7,14 +7,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import storage.client.base
+from storage.backends.base import Backend
 from storage.client import StorageClient
 from storage.config import load_settings
+from storage.transfer import journal
 from tests.servers import CountingProxy, SeaweedFS, small_disk
 from tests.transfer.failing import ATTEMPTS
 from tests.transfer.nursery import Nursery
+from tests.transfer.resume_support import STEP, Download
 from tests.transfer.support import MIB
 
 
@@ -59,6 +64,20 @@ def client() -> Iterator[StorageClient]:
     }
     with StorageClient(settings=load_settings(transfer=limits)) as found:
         yield found
+
+
+@pytest.fixture
+def download(client: StorageClient, monkeypatch: pytest.MonkeyPatch) -> Download:
+    """Call it with a backend, a key and a destination to download through a whole client."""
+    monkeypatch.setattr(journal, "STEP", STEP)
+    monkeypatch.setattr(journal, "WORTH", STEP)
+
+    def run(backend: Backend, key: str, dest: Path | None, **more: Any) -> str:
+        monkeypatch.setattr(storage.client.base, "open_backend", lambda *_: backend)
+        client.close()
+        return client.download(f"memory://bucket/{key}", dest, **more)
+
+    return run
 
 
 @pytest.fixture

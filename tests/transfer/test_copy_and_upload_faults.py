@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from storage import GCSConfig, StorageOperations
-from storage.backends.base import Backend, ObjectInfo, bytes_payload
+from storage.backends.base import Backend, Body, ObjectInfo, bytes_payload
 from storage.backends.memory import MemoryBackend
 from storage.errors import (
     AuthenticationError,
@@ -215,3 +216,39 @@ def test_a_source_that_is_replaced_again_and_again_is_not_copied(
         with pytest.raises(ObjectChangedError):
             StorageOperations.copy_object(uri, tmp_path / "a", config=config)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "broken"])
+def test_a_copy_of_what_has_no_name_is_of_one_body(bucket: MemoryBackend, cut: bool) -> None:
+    bucket.write("a", bytes_payload(b"1" * MIB))
+
+    class Nameless(Wrapped):
+        """Tells nothing but the size; its first body does not come whole, and is replaced."""
+
+        reads = 0
+
+        def _bare(self, info: ObjectInfo) -> ObjectInfo:
+            return replace(info, etag=None, version=None, hint=None, ranged=False, metadata={})
+
+        def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+            yield from map(self._bare, self.inner.list(prefix))
+
+        def stat(self, key: str, version: str | None = None) -> ObjectInfo:
+            return self._bare(self.inner.stat(key))
+
+        def read(self, key: str, span: object = None, pin: object = None) -> Body:
+            assert span is None
+            self.reads += 1
+            body = self.inner.read(key)
+            return Body(self._bare(body.info), self._half() if self.reads == 1 else iter(body))
+
+        def _half(self) -> Iterator[bytes]:
+            yield b"1" * (MIB // 2)
+            bucket.write("a", bytes_payload(b"2" * MIB))
+            if not cut:
+                raise TransientError("reset")
+
+    origin = Nameless(bucket)
+    with memory_bucket() as target:
+        assert copied(origin, target) == b"2" * MIB
+    assert origin.reads == 2

@@ -13,7 +13,13 @@ import pytest
 
 from storage import files
 from storage.backends.base import ByteRange, ObjectInfo
-from storage.errors import AuthenticationError, IntegrityError, TransferError, UnreachableError
+from storage.errors import (
+    AuthenticationError,
+    IntegrityError,
+    ObjectChangedError,
+    TransferError,
+    UnreachableError,
+)
 from storage.transfer import journal as module
 from storage.transfer.journal import Journal
 from tests.cache.processes import as_nobody, open_folder
@@ -375,6 +381,19 @@ def test_a_journal_that_cannot_be_written_does_not_stop_a_download(
     assert found(folder) == [(0, 100)]
 
 
+def test_what_cannot_be_dropped_takes_the_journal_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(str(folder / "journal"), SOURCE)
+    write(journal, folder, (0, 100))
+    monkeypatch.setattr(os, "write", lambda *_: 0)
+    journal.track(str(folder / "a.bin"), INFO).drop()
+    monkeypatch.undo()
+    # What the file holds from now on is something else.
+    assert not (folder / "journal").exists()
+    assert found(folder) == []
+
+
 def test_only_what_is_wanted_stays_in_the_folder(folder: Path) -> None:
     note(folder, (0, 100), name="content/sub/a.bin")
     note_of_more = Journal(str(folder / "journal"), SOURCE)
@@ -404,8 +423,9 @@ def test_only_what_is_wanted_stays_in_the_folder(folder: Path) -> None:
         (UnreachableError("x"), module.WORTH, True),
         (KeyboardInterrupt(), module.WORTH, True),
         (TransferError("x"), module.WORTH - 1, False),
+        (ObjectChangedError("x"), module.WORTH, False),
         (IntegrityError("x"), module.WORTH, False),
-        (AuthenticationError("x"), module.WORTH, False),
+        (AuthenticationError("x"), module.WORTH, True),
         (OSError("x"), module.WORTH, False),
         (None, module.WORTH, False),
     ],

@@ -311,3 +311,29 @@ def test_two_streams_of_what_has_no_name_are_never_put_together() -> None:
         with open_reader(backend, backend.stat("k"), FAST, WHERE) as file:
             assert file.read() == b"b" * 1000
         assert len(backend.requests) == 2
+
+
+class Cutting(Nameless):
+    """Ends the first body early, as if that were all."""
+
+    def _chunks(self, body: Body) -> Iterator[Buffer]:
+        chunks = list(map(bytes, super()._chunks(body)))
+        yield from chunks[:-1] if len(self.requests) == 1 else chunks
+
+
+def test_a_stream_that_is_cut_is_fetched_again() -> None:
+    with memory_bucket({"k": b"a" * 1000}) as memory:
+        backend = Cutting(memory)
+        with open_reader(backend, backend.stat("k"), FAST, WHERE) as file:
+            assert file.read() == b"a" * 1000
+        assert len(backend.requests) == 2
+
+
+def test_what_is_another_object_by_its_size_is_not_read() -> None:
+    with memory_bucket({"k": b"a" * 1000}) as memory:
+        backend = Nameless(memory)
+        info = backend.stat("k")
+        memory.write("k", bytes_payload(b"b" * 999))
+        with pytest.raises(ObjectChangedError):
+            open_reader(backend, info, FAST, WHERE)
+        assert backend.closed == 1

@@ -124,7 +124,7 @@ class TokenSource:
         with requests.Session() as session:
             problem: Exception | None = None
             try:
-                self._credentials.refresh(self._request(session))
+                self._credentials.refresh(self._request(session, once=True))
             except google.auth.exceptions.GoogleAuthError:
                 raise
             except (ValueError, *_ODD) as exc:
@@ -157,20 +157,21 @@ class TokenSource:
             found = Impersonated(found, impersonate, [_SCOPE])  # type: ignore[no-untyped-call]
         return found
 
-    def _request(self, session: requests.Session) -> _Request:
+    def _request(self, session: requests.Session, *, once: bool = False) -> _Request:
         if self._proxy:
             # Not for plain http, which is that of the machine's own metadata server.
             session.proxies["https"] = self._proxy
-        return _Request(session, self._timeout, self._verify)
+        return _Request(session, self._timeout, self._verify, once)
 
 
 class _Request(google.auth.transport.requests.Request):
     """google-auth's way to make a request, with our limits."""
 
     def __init__(
-        self, session: requests.Session, timeout: float, verify: str | bool | None
+        self, session: requests.Session, timeout: float, verify: str | bool | None, once: bool
     ) -> None:
         super().__init__(session)
+        self._once = once
         self._defaults: dict[str, Any] = {"timeout": timeout}
         if verify is not None:
             # Said for each request: a session's own is outdone by REQUESTS_CA_BUNDLE.
@@ -178,7 +179,7 @@ class _Request(google.auth.transport.requests.Request):
 
     def __call__(self, url: str, *args: Any, **kwargs: Any) -> Any:
         answer = super().__call__(url, *args, **{**self._defaults, **kwargs})  # type: ignore[no-untyped-call]
-        if answer.status in (408, 429) or answer.status >= 500:
+        if self._once and (answer.status in (408, 429) or answer.status >= 500):
             # Before google-auth asks seven times by itself, for the better part of a minute.
             raise TransientError(
                 f"who issues Google's tokens answered {answer.status}",

@@ -304,7 +304,7 @@ class GcsObstoreBackend(ObstoreBackend):
     def _second_can_write(self) -> bool:
         try:
             self._json_api.checksums("-", None)
-        except NoJsonApiError:
+        except (NoJsonApiError, TransientError):
             return False
         except StorageError:
             pass  # it speaks that API, as the second driver does

@@ -101,19 +101,31 @@ class Upload:
         self._if_match = if_match
         self._on_bytes = on_bytes or (lambda count: None)
         self._where = hub.where(items[0].key if len(items) == 1 else "")
-        self._looked = False
+        self._looked = self._lost = False
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._threads = max(1, min(_STREAMS, hub.options.connections))
 
     def run(self) -> list[HubObject]:
         """Send the bytes, commit them, and tell what is there."""
+        unanswered = self._hub.unanswered
+        # After any other answer than a passing one nobody wonders what became of that try.
+        self._lost = self._keys in unanswered
+        unanswered.discard(self._keys)
+        try:
+            return self._run()
+        except TransientError:
+            if self._lost:
+                unanswered.add(self._keys)
+            raise
+
+    def _run(self) -> list[HubObject]:
         conditional = self._if_absent or self._if_match is not None
         with (
             Source(self._hub.options.memory // 4) as source,
             Operations(self._on_bytes) as operations,
         ):
-            commit = self._done_before(source) if conditional else None
+            commit = self._done_before(source) if conditional and self._lost else None
             if commit is None:
                 parent = self._permitted() if conditional else None
                 commit = self._ask_how(source)
@@ -123,13 +135,8 @@ class Upload:
                     self._add(source, file, operations)
                 # All of them or none: what another commit put there meanwhile is replaced too.
                 if conditional or any(file.there != file.oid for file in self._files):
-                    try:
-                        commit = self._publish(operations, parent)
-                    except TransientError:
-                        if conditional:
-                            self._hub.unanswered.add(self._keys)
-                        raise
-            self._hub.unanswered.discard(self._keys)
+                    self._lost = self._lost or conditional
+                    commit = self._publish(operations, parent)
         return [new_object(file.key, file.size, file.oid, commit) for file in self._files]
 
     # -- conditions --------------------------------------------------------------------------
@@ -155,13 +162,11 @@ class Upload:
         return head
 
     def _done_before(self, source: Source) -> str | None:
-        """Return the commit that holds just these files, if an earlier try may have made it.
+        """Return the commit that holds just these files, which an earlier try may have made.
 
         That the keys exist, or are not what they were, is then its own doing.
         """
         hub = self._hub
-        if self._keys not in hub.unanswered:
-            return None
         head = hub.commit_of(hub.revision, self._where)
         found = hub.files_at(head, [file.key for file in self._files])
         self._look(source)
