@@ -82,7 +82,7 @@ def give_up(path: str) -> None:
 def _take_over(root: str, path: str, wanted: Callable[[str], bool]) -> bool:
     """Give the name ``path`` to a folder that is ``wanted`` and nobody's; tell if there is one."""
     for found in _with_owners(root, None, alive=False, resumable=True):
-        if os.path.exists(os.path.join(found, JOURNAL)) and wanted(found):
+        if _is_resumable(found) and wanted(found):
             with contextlib.suppress(OSError):
                 os.rename(found, path)
                 return True
@@ -132,12 +132,19 @@ def _with_owners(root: str, now: float | None, *, alive: bool, resumable: bool) 
 
 def _may_live(name: str, path: str, now: float, resumable: bool) -> bool:
     changed = partial(_changed, path)
-    if os.path.exists(os.path.join(path, JOURNAL)):
+    if _is_resumable(path):
         if not resumable and now - changed() < _RESUMABLE:
             return True
         if name.startswith(_GIVEN_UP):
             return False
     return may_live(Owner.parse(name), os.path.join(path, _LOCK), changed, now)
+
+
+def _is_resumable(path: str) -> bool:
+    # A process that was killed before its first note may leave an empty journal.
+    with contextlib.suppress(OSError):
+        return os.stat(os.path.join(path, JOURNAL)).st_size > 0
+    return False
 
 
 def _remove(path: str) -> int:

@@ -345,6 +345,15 @@ def test_what_a_killed_process_left_stays_for_a_day_too(tmp_path: Path) -> None:
     assert partials(tmp_path) == []
 
 
+def test_what_was_killed_before_its_first_note_goes_at_once(tmp_path: Path) -> None:
+    left = tmp_path / "partial" / f"{dead_owner().token}-0badcafe"
+    left.mkdir(parents=True)
+    (left / JOURNAL).touch()
+    (left / "bytes").write_bytes(b"123")
+    assert remove_dead(str(tmp_path)) == 3
+    assert partials(tmp_path) == []
+
+
 def test_garbage_collection_leaves_it_unless_it_is_to_leave_nothing(
     download: Download, client: StorageClient, cache: Path
 ) -> None:
@@ -412,6 +421,11 @@ def remote(seaweedfs: SeaweedFS, shared_bucket: str, cache: Path) -> Iterator[tu
         yield resuming, proxy
 
 
+def journals(cache: Path) -> list[str]:
+    """Return what can be gone on with; a process killed before its first note leaves nothing."""
+    return [text for each in cache.glob(f"partial/*/{JOURNAL}") if (text := each.read_text())]
+
+
 @pytest.mark.parametrize("name", ["weights-1.bin", ""], ids=["file", "tree"])
 def test_a_killed_fill_is_gone_on_with(
     remote: tuple[Callable[..., Resuming], FaultProxy], cache: Path, name: str
@@ -424,13 +438,13 @@ def test_a_killed_fill_is_gone_on_with(
     for _ in range(4):
         kills += resuming(name).run(rng.randrange(1, size // 4)) is None
         # One that was killed at once has left nothing to go on with, and goes with the garbage.
-        assert len([*cache.glob(f"partial/*/{JOURNAL}")]) <= 1
+        assert len(journals(cache)) <= 1
     path = resuming(name).run()
     assert path is not None
     assert (tree_bytes(path) if not name else {name: Path(path).read_bytes()}) == files
     assert kills
     assert proxy.bytes_down <= size + kills * 4 * MIB + 64 * KIB
-    assert [*cache.glob(f"partial/*/{JOURNAL}")] == []
+    assert journals(cache) == []
     assert len(blob_files(cache)) == len(files)
     with StorageClient(settings=load_settings(cache_dir=cache)) as client:
         collect(client.cache)

@@ -7,6 +7,7 @@ the answer that names the upload was lost.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +58,17 @@ _under_way: dict[str, _UnderWay] = {}
 _owed: dict[str, _UnderWay] = {}
 _cleaned: set[str] = set()
 _changed = threading.Condition()
+
+
+def _after_fork() -> None:
+    # The threads that were at it, and may have held the lock, do not exist in the child.
+    global _changed
+    _changed = threading.Condition()
+    _under_way.clear()
+    _cleaned.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Leftovers:
