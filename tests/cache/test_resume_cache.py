@@ -252,7 +252,7 @@ def test_it_is_given_to_one_only(tmp_path: Path) -> None:
     root = str(tmp_path)
     for _ in range(20):
         with new_partial(root) as path:
-            Path(path, JOURNAL).touch()
+            Path(path, JOURNAL).write_bytes(b"1")
             give_up(path)
         with new_partial(root, lambda _: True) as one, new_partial(root, lambda _: True) as other:
             assert os.path.exists(os.path.join(one, JOURNAL))
@@ -262,7 +262,7 @@ def test_it_is_given_to_one_only(tmp_path: Path) -> None:
 
 def test_a_child_gives_up_nothing_of_its_parent(tmp_path: Path) -> None:
     with new_partial(str(tmp_path)) as path:
-        Path(path, JOURNAL).touch()
+        Path(path, JOURNAL).write_bytes(b"1")
         assert forked(lambda: give_up(path) is None)
         assert partials(tmp_path) == [Path(path)]
 
@@ -274,7 +274,7 @@ def test_two_processes_never_get_the_same(tmp_path: Path) -> None:
 
     for _ in range(10):
         with new_partial(str(tmp_path)) as path:
-            Path(path, JOURNAL).touch()
+            Path(path, JOURNAL).write_bytes(b"1")
             give_up(path)
         found = []
         children = []
@@ -289,7 +289,7 @@ def test_two_processes_never_get_the_same(tmp_path: Path) -> None:
 
 def test_what_a_living_process_works_at_is_not_given_away(tmp_path: Path) -> None:
     with new_partial(str(tmp_path)) as mine:
-        Path(mine, JOURNAL).touch()
+        Path(mine, JOURNAL).write_bytes(b"1")
         with new_partial(str(tmp_path), lambda _: True) as other:
             assert os.listdir(other) == ["lock"]
 
@@ -309,7 +309,7 @@ def test_only_what_is_certainly_dead_is_given_away(
 ) -> None:
     left = tmp_path / "partial" / f"{owner().token}-0badcafe"
     left.mkdir(parents=True)
-    (left / JOURNAL).touch()
+    (left / JOURNAL).write_bytes(b"1")
     with new_partial(str(tmp_path), lambda _: True) as path:
         assert os.path.exists(os.path.join(path, JOURNAL)) == given
         assert left.exists() == (not given)
