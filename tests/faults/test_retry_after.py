@@ -31,9 +31,11 @@ def client() -> StorageClient:
 
 
 class Once:
-    """Lets the first request for each of some objects meet a fault of its own."""
+    """Lets the first request for each of some objects meet a fault of its own, made then."""
 
-    def __init__(self, faults: dict[str, Fault], only: Callable[[Request], bool]) -> None:
+    def __init__(
+        self, faults: dict[str, Callable[[], Fault]], only: Callable[[Request], bool]
+    ) -> None:
         self._left = dict(faults)
         self._only = only
         self.asked: dict[str, list[float]] = {name: [] for name in faults}
@@ -44,7 +46,8 @@ class Once:
         for name, times in self.asked.items():
             if name in unquote(request.target):
                 times.append(time.monotonic())
-                return self._left.pop(name, None)
+                make = self._left.pop(name, None)
+                return make() if make else None
         return None
 
     def gap(self, name: str) -> float:
@@ -53,14 +56,18 @@ class Once:
         return second - first
 
 
-def faults() -> dict[str, Fault]:
-    # A date has whole seconds, so it comes after something between 2 and 3 of them.
+def limited() -> Fault:
+    return Fault("status", status=429, retry_after=2)
+
+
+def busy() -> Fault:
+    return Fault("status", status=503, retry_after=2)
+
+
+def dated() -> Fault:
+    # A date has whole seconds, so this one is between 2 and 3 of them away when it is sent.
     date = formatdate(time.time() + 3, usegmt=True)
-    return {
-        "limited.bin": Fault("status", status=429, retry_after=2),
-        "busy.bin": Fault("status", status=503, retry_after=2),
-        "dated.bin": Fault("status", status=503, retry_after=date),
-    }
+    return Fault("status", status=503, retry_after=date)
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -68,7 +75,8 @@ def test_a_download_waits_as_long_as_the_store_says(
     request: pytest.FixtureRequest, tmp_path: Path, name: str
 ) -> None:
     site = make_site(request, name, "down")
-    script = Once(faults(), site.reads_object)
+    faults = {"limited.bin": limited, "busy.bin": busy, "dated.bin": dated}
+    script = Once(faults, site.reads_object)
     with site.place(script) as place, client() as downloader:
         place.put_all(dict.fromkeys(script.asked, DATA))
         downloader.download_many(
@@ -89,8 +97,7 @@ def test_an_upload_waits_as_long_as_the_store_says(
     site = make_site(request, name, "up")
     # On the Hub all is one step, and its last request is the one that counts.
     asked = "/commit/" if name == "hf" else "limited.bin"
-    fault = faults()["limited.bin"]
-    script = Once({asked: fault}, lambda one: one.method in ("PUT", "POST"))
+    script = Once({asked: limited}, lambda one: one.method in ("PUT", "POST"))
     (tmp_path / "limited.bin").write_bytes(DATA)
     with site.place(script) as place, client() as uploader:
         uploader.upload(tmp_path / "limited.bin", place.uri("limited.bin"), config=place.config)
@@ -104,7 +111,7 @@ def test_a_store_that_asks_for_an_hour_is_not_waited_for(
 ) -> None:
     site = make_site(request, name, "down")
     fault = Fault("status", status=503, retry_after=3600)
-    script = Once({"hour.bin": fault}, site.reads_object)
+    script = Once({"hour.bin": lambda: fault}, site.reads_object)
     target = tmp_path / "hour.bin"
     with site.place(script) as place, client() as downloader:
         place.put_raw("hour.bin", DATA)
