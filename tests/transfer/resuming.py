@@ -63,6 +63,11 @@ class Process:
             text=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """Its number among the processes of this machine."""
+        return self._process.pid
+
     def wait_until_ready(self) -> None:
         """Wait until it could begin."""
         assert self._process.stdout is not None
