@@ -21,6 +21,7 @@ from storage.errors import ConfigurationError, InvalidInput
 
 __all__ = [
     "ALGORITHMS",
+    "CHECKSUMS",
     "Digest",
     "Hasher",
     "MultiHasher",
@@ -43,6 +44,9 @@ ALGORITHMS = tuple(_HEX_LENGTH)
 """Algorithms a digest may name. ``md5``, ``sha1``, ``crc32c`` (RFC 3720) and ``crc64nvme``
 (NVM Express) detect accidents, not attackers; the last two need a package that an extra brings,
 see :func:`available`."""
+
+CHECKSUMS = frozenset({"crc32c", "crc64nvme"})
+"""Those of them that do not tell one content from another."""
 
 _READ_SIZE = 1024 * 1024
 

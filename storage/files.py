@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import re
@@ -16,6 +17,7 @@ __all__ = [
     "boot_id",
     "check_space",
     "exchange",
+    "is_locked",
     "is_mount_point",
     "make_parents",
     "materialise",
@@ -45,6 +47,26 @@ def boot_id() -> str | None:
             return file.read().strip() or None
     except OSError:
         return None
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether somebody, this process included, holds the lock (``flock``) of a file.
+
+    False too if there is no such file, or no locks on its file system; true if this user may
+    not find out.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        return isinstance(exc, PermissionError)
+    try:
+        # Shared, so that two who ask at once do not take each other for the holder.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as exc:
+        return isinstance(exc, (BlockingIOError, PermissionError))
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def make_parents(folder: str) -> list[str]:

@@ -50,6 +50,7 @@ __all__ = [
     "OpenOptions",
     "Payload",
     "bytes_payload",
+    "check_prefix",
     "content_digests",
     "file_payload",
     "md5_hint",
@@ -242,6 +243,12 @@ def md5_hint(etag: str | None) -> Digest | None:
     """Return an ETag as the MD5 that it looks like, if it does (S3's simple uploads)."""
     value = (etag or "").strip('"')
     return Digest("md5", value) if re.fullmatch(r"[0-9a-f]{32}", value) else None
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise ``InvalidInput`` unless ``prefix`` is one for :meth:`Backend.list`."""
+    if prefix and not prefix.endswith("/"):
+        raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from storage.backends.base import (
     ObjectInfo,
     OpenOptions,
     Payload,
+    check_prefix,
     content_digests,
 )
 from storage.digest import Digest
@@ -92,8 +93,7 @@ class MemoryBackend:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`. Sorted; a snapshot of the moment of the first item."""
-        if prefix and not prefix.endswith("/"):
-            raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
+        check_prefix(prefix)
         with self._lock:
             found = [
                 entry.info

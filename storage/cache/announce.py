@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator
 
 from storage.cache.layout import Layout, listed
-from storage.cache.owners import Owner, is_alive, is_locked
+from storage.cache.owners import Owner, is_alive
 from storage.errors import DestinationError
+from storage.files import is_locked
 
 __all__ = ["REMOVED", "REMOVING", "announce_removal", "wait_for_removals"]
 

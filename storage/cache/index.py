@@ -25,14 +25,12 @@ from storage.cache.records import (
     read_record,
     write_record,
 )
-from storage.digest import Digest
+from storage.digest import CHECKSUMS, Digest
 
 __all__ = ["TRUSTED", "Index", "Known", "ObjectKey", "kept"]
 
 TRUSTED = frozenset({"blake3", "sha256", "sha512"})
 """Algorithms whose digests stand for the content; for MD5 and SHA-1 somebody can make another."""
-
-_CHECKSUMS = frozenset({"crc32c", "crc64nvme"})
 
 # A download that is killed forgets the small objects of its last seconds.
 _FLUSH_INTERVAL = 2.0
@@ -47,7 +45,7 @@ def kept(others: Iterable[Digest]) -> tuple[Digest, ...]:
     Checksums are not: they tell no content from another, and whoever reads the cache, or what
     was exported from it, may have nothing to compute them with.
     """
-    return tuple(digest for digest in others if digest.algorithm not in _CHECKSUMS)
+    return tuple(digest for digest in others if digest.algorithm not in CHECKSUMS)
 
 
 @dataclass(frozen=True, slots=True)

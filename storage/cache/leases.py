@@ -24,7 +24,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from storage.cache.layout import listed
-from storage.cache.owners import Owner, is_locked, may_live, new_name
+from storage.cache.owners import Owner, may_live, new_name
+from storage.files import is_locked
 
 __all__ = ["Held", "Leases", "leases_of", "release_all"]
 

@@ -13,7 +13,6 @@ held, it is given a day without any change.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import os
@@ -22,7 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from storage.files import boot_id
+from storage.files import boot_id, is_locked
 
 __all__ = ["Owner", "boot_id", "current_owner", "is_alive", "is_locked", "may_live", "new_name"]
 
@@ -143,26 +142,6 @@ def may_live(owner: Owner | None, lock: str, last_change: Callable[[], float], n
     if alive is None and now - last_change() < _ABANDONED:
         return True
     return alive or is_locked(lock)
-
-
-def is_locked(path: str) -> bool:
-    """Tell whether somebody holds the lock (``flock``) of a file.
-
-    False too if there is no such file, or no locks on its file system; true if this user may
-    not find out.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as exc:
-        return isinstance(exc, PermissionError)
-    try:
-        # Shared, so that two who ask at once do not take each other for the holder.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as exc:
-        return isinstance(exc, (BlockingIOError, PermissionError))
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _process(pid: int) -> tuple[bool, int]:

@@ -17,7 +17,7 @@ from storage.cache.cache import CacheShortfallError
 from storage.cache.index import Known, ObjectKey
 from storage.cache.manifests import Manifest, ManifestFile
 from storage.cache.refs import Ref
-from storage.client.sourcing import object_key, source_of
+from storage.client.sourcing import object_key
 from storage.digest import Digest, hash_file
 from storage.errors import (
     DestinationError,
@@ -56,8 +56,7 @@ class CachedDownload:
         """Prepare for ``job``; nothing is touched."""
         self._job = job
         self._cache = job.client.cache
-        config = job.client.resolve_config(job.location, job.config)
-        self._source = source_of(job.location, config, job.patterns, job.unpack)
+        self._source = job.source
         self._held: list[str] = []
         self._leased: str | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from storage.uri import Location
 if TYPE_CHECKING:
     from storage.backends.base import Backend
     from storage.cache.manifests import Manifest
+    from storage.cache.refs import Source
     from storage.client.cached import CachedDownload
     from storage.client.client import StorageClient
     from storage.transfer.download import FetchedFile
@@ -248,7 +250,7 @@ class Download:
             tree=is_tree,
             overwrite=self._overwrite,
             durable=self.durable,
-            source=self.identity,
+            source=self.source.id,
         ) as destination:
             archive = destination.scratch(plan.files[0].path) if self.unpack else None
             place = archive or destination.content
@@ -285,13 +287,13 @@ class Download:
 
     # -- what the ways share -----------------------------------------------------------------
 
-    @property
-    def identity(self) -> str:
+    @functools.cached_property
+    def source(self) -> Source:
         """What tells this download from those of other sources, or of other parts of this one."""
         from storage.client.sourcing import source_of
 
         config = self.client.resolve_config(self.location, self.config)
-        return source_of(self.location, config, self.patterns, self.unpack).id
+        return source_of(self.location, config, self.patterns, self.unpack)
 
     def fetch(
         self,

@@ -378,7 +378,7 @@ class Destination:
         try:
             if self._inside:
                 self._finish_move(staging)
-            if self._source is not None and trees.is_locked(os.path.join(staging, _LOCK)):
+            if self._source is not None and files.is_locked(os.path.join(staging, _LOCK)):
                 journal = Journal(os.path.join(staging, NAME), self._source, durable=self._durable)
                 if journal.noted > (0 if self._journal is None else self._journal.noted):
                     worse, its_lock = self._staging, self._lock

@@ -17,7 +17,7 @@ from storage.backends.base import (
     ObjectInfo,
     content_digests,
 )
-from storage.digest import MultiHasher, available
+from storage.digest import CHECKSUMS, MultiHasher, available
 from storage.errors import (
     AuthenticationError,
     IntegrityError,
@@ -34,8 +34,6 @@ __all__ = ["find_written", "send_item", "send_items", "write_item"]
 
 T = TypeVar("T")
 
-# Checksums against accidents on the way do not tell one content from another.
-_CHECKSUMS = frozenset({"crc32c", "crc64nvme"})
 # Writes that have stalled go few at a time: on a slow link, what many connections have in the
 # system's buffers takes longer to leave than a store may be silent.
 _NARROW = 2
@@ -218,7 +216,7 @@ def _is_stored(backend: Backend, info: ObjectInfo, item: BatchItem, named: bool)
     known = [
         one
         for one in known
-        if available(one.algorithm) and (named or one.algorithm not in _CHECKSUMS)
+        if available(one.algorithm) and (named or one.algorithm not in CHECKSUMS)
     ]
     hints = [] if known or info.hint is None else [info.hint]
     if known or hints:

@@ -11,7 +11,7 @@ import time
 
 from storage.errors import DestinationError
 
-__all__ = ["is_locked", "is_marked", "lock_folder", "mark"]
+__all__ = ["is_marked", "lock_folder", "mark"]
 
 _XATTR = "user.modelstorage.tree"
 _PAUSE = 0.02
@@ -39,26 +39,6 @@ def lock_folder(descriptor: int, path: str, timeout: float) -> None:
             time.sleep(_PAUSE)
         except OSError:
             return
-
-
-def is_locked(path: str) -> bool:
-    """Tell whether a file is locked, by this process or another one.
-
-    There are file systems on which every lock can be had; on those the answer is no.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def mark(folder: str, ignored: re.Pattern[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import shutil
 import time
 import traceback
@@ -14,7 +16,7 @@ from urllib.parse import quote, unquote
 from storage.backends.base import Backend, Body, ByteRange, ObjectInfo, Payload
 from storage.client import StorageClient
 from storage.config import load_settings
-from storage.testing.fault_script import Fault, Request
+from storage.testing.fault_script import Fault
 from tests.servers.nginx_http import put_file
 
 _EMPTY = "a URL may hold empty segments; nginx before a folder gives them no meaning"
@@ -173,14 +175,9 @@ def quiet(error: BaseException) -> bool:
     return CANARY not in text
 
 
-def nth(fault: Fault, method: str = "GET", number: int = 2) -> Callable[[Request], Fault | None]:
-    """Return a script by which one request meets ``fault``, the ``number``-th of its method."""
-    left = iter([None] * (number - 1) + [fault])
-
-    def script(request: Request) -> Fault | None:
-        return next(left, None) if request.method == method else None
-
-    return script
+def b64(hasher: hashlib._Hash) -> str:
+    """Return a digest as headers hold it."""
+    return base64.b64encode(hasher.digest()).decode()
 
 
 def named(fault: Fault) -> str:

@@ -26,8 +26,9 @@ from storage.errors import (
     TransientError,
 )
 from storage.testing.fault_proxy import FaultProxy
-from storage.testing.fault_script import Fault, Request, Script
+from storage.testing.fault_script import Fault, Request
 from storage.uri import parse_uri
+from tests.faults.scripts import once
 from tests.servers.azurite import Azurite
 from tests.servers.odd_http import OddHTTP, Reply
 from tests.servers.odd_http import Request as Asked
@@ -58,20 +59,6 @@ def opened() -> Iterator[Open]:
     yield make
     for backend in backends:
         backend.close()
-
-
-def once(fault: Fault, *methods: str, to: str = "", without: str = "?none") -> Script:
-    """Return a script by which the first such request meets ``fault``."""
-    met: list[Request] = []
-
-    def script(request: Request) -> Fault | None:
-        wanted = request.method in methods and to in request.target
-        if wanted and without not in request.target and not met:
-            met.append(request)
-            return fault
-        return None
-
-    return script
 
 
 def read(backend: Backend, key: str) -> bytes:
@@ -328,11 +315,7 @@ def test_listing_that_is_cut_is_no_listing(
     monkeypatch.setattr("storage.backends.azure.fsspec._PAGE", 2)
     for number in range(4):
         azurite.put_raw(azurite_container, f"m/{number}", b"1")
-    pages = iter(range(1, 9))
-
-    def script(request: Request) -> Fault | None:
-        return Fault(kind, 0.6) if next(pages) == page else None
-
+    script = once(Fault(kind, 0.6), number=page)
     with FaultProxy(azurite.endpoint, script, store="azure") as proxy:
         backend = opened(proxy.endpoint, None, azurite_container)
         with pytest.raises(TransientError):

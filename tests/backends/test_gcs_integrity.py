@@ -29,8 +29,9 @@ from storage.errors import (
     TransientError,
 )
 from storage.testing.fault_proxy import FaultProxy
-from storage.testing.fault_script import Fault, Request, Script
+from storage.testing.fault_script import Fault, Request
 from storage.uri import parse_uri
+from tests.faults.scripts import once
 from tests.servers import FakeGCS
 from tests.servers.gcs import GCSShim, OpenSeaweedFS
 from tests.servers.odd_http import OddHTTP, Reply
@@ -58,19 +59,6 @@ def opened() -> Iterator[Open]:
 
 def config_of(endpoint: str, driver: Any, **fields: Any) -> GCSConfig:
     return GCSConfig(**{"token": "HIDDEN", **fields}, endpoint_url=endpoint, driver=driver)
-
-
-def once(fault: Fault, *methods: str, to: str = "") -> Script:
-    """Return a script by which the first such request meets ``fault``."""
-    met: list[Request] = []
-
-    def script(request: Request) -> Fault | None:
-        if request.method in methods and to in request.target and not met:
-            met.append(request)
-            return fault
-        return None
-
-    return script
 
 
 def read(backend: Backend, key: str) -> bytes:
@@ -370,11 +358,7 @@ def test_listing_that_is_cut_is_no_listing(
         )
     for number in range(4):
         gcs_server.put_raw(gcs_bucket, f"m/{number}", b"1")
-    pages = iter(range(1, 9))
-
-    def script(request: Request) -> Fault | None:
-        return Fault(kind, 0.6) if next(pages) == page else None
-
+    script = once(Fault(kind, 0.6), number=page)
     with FaultProxy(gcs_server.endpoint, script, store="gcs") as proxy:
         backend = opened(proxy.endpoint, driver, gcs_bucket)
         with pytest.raises(TransientError):

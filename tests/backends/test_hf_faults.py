@@ -27,6 +27,7 @@ from storage.transfer.progress import Progress
 from storage.uri import parse_uri
 from tests.backends.hf_support import hub_backends, read
 from tests.backends.http_support import named
+from tests.faults.scripts import once
 from tests.servers.hub import Answer, Hub, Repo
 
 PART = 64 * 1024
@@ -78,18 +79,6 @@ def through(hub: Hub) -> Iterator[Through]:
         yield make
 
 
-def once(fault: Fault, *wanted: str) -> Script:
-    """Return a script by which the first request of which ``wanted`` is true meets ``fault``."""
-    method, part = wanted
-    left = [fault]
-
-    def script(request: Request) -> Fault | None:
-        fits = request.method == method and part in request.target
-        return left.pop() if left and fits else None
-
-    return script
-
-
 def tree(path: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()
@@ -120,9 +109,9 @@ def test_download_survives_what_passes(
 ) -> None:
     hub.put(repo, FILES)
     if where == "cdn":
-        client = through(cdn=once(fault, "GET", "/files/"))
+        client = through(cdn=once(fault, "GET", to="/files/"))
     else:
-        client = through(once(fault, "GET", where))
+        client = through(once(fault, "GET", to=where))
     client.download("hf://owner/m", tmp_path / "m")
     assert tree(tmp_path / "m") == FILES
 
@@ -163,7 +152,7 @@ def test_opened_small_file_that_is_damaged_does_not_end(
     hub: Hub, repo: Repo, through: Through
 ) -> None:
     hub.put(repo, FILES)
-    client = through(once(Fault("flip"), "GET", "/resolve-cache/"))
+    client = through(once(Fault("flip"), "GET", to="/resolve-cache/"))
     with client.open("hf://owner/m@main/config.json") as file, pytest.raises(IntegrityError):
         file.read()
 
@@ -172,7 +161,7 @@ def test_error_with_the_status_of_a_success_is_no_model(
     hub: Hub, repo: Repo, through: Through, tmp_path: Path
 ) -> None:
     hub.put(repo, FILES)
-    client = through(cdn=once(Fault("error_body"), "GET", "/files/"))
+    client = through(cdn=once(Fault("error_body"), "GET", to="/files/"))
     client.download("hf://owner/m", tmp_path / "m")
     assert tree(tmp_path / "m") == FILES
 
@@ -182,7 +171,7 @@ def test_error_in_place_of_the_hubs_own_answer_publishes_nothing(
     hub: Hub, repo: Repo, through: Through, tmp_path: Path, where: str
 ) -> None:
     hub.put(repo, FILES)
-    client = through(once(Fault("error_body"), "GET", where))
+    client = through(once(Fault("error_body"), "GET", to=where))
     with pytest.raises(StorageError):
         client.download("hf://owner/m", tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
@@ -192,7 +181,7 @@ def test_address_that_expires_midway_is_asked_for_anew_and_no_byte_twice(
     hub: Hub, repo: Repo, through: Through, tmp_path: Path
 ) -> None:
     hub.put(repo, FILES)
-    broken = once(Fault("truncate"), "GET", "/files/")
+    broken = once(Fault("truncate"), "GET", to="/files/")
 
     def script(request: Request) -> Fault | None:
         fault = broken(request)
@@ -270,8 +259,8 @@ def test_download_stays_at_its_commit_though_the_branch_moves(
     new = {key: data[::-1] for key, data in FILES.items()}
     change = Fault("change")
     client = through(
-        once(change, "GET", "config.json"),
-        once(change, "GET", "/files/"),
+        once(change, "GET", to="config.json"),
+        once(change, "GET", to="/files/"),
         lambda request: hub.put(repo, new),
     )
     client.download(uri, tmp_path / "out")
@@ -318,9 +307,9 @@ def test_upload_survives_what_passes_and_is_one_commit(
     hub: Hub, repo: Repo, through: Through, model: Path, fault: Fault, overwrite: bool, where: str
 ) -> None:
     if where == "PUT":
-        client = through(cdn=once(fault, "PUT", "/upload/"))
+        client = through(cdn=once(fault, "PUT", to="/upload/"))
     else:
-        client = through(once(fault, "POST", where))
+        client = through(once(fault, "POST", to=where))
     before = len(repo.commits)
     assert client.upload(model, "hf://owner/m", overwrite=overwrite)
     assert {key: hub.get(repo, key) for key in FILES} == FILES
@@ -332,7 +321,7 @@ def test_upload_survives_what_passes_and_is_one_commit(
 def test_single_file_whose_commit_was_not_answered_is_there_once(
     hub: Hub, repo: Repo, through: Through, model: Path, overwrite: bool
 ) -> None:
-    client = through(once(Fault("lost_answer"), "POST", "commit/"))
+    client = through(once(Fault("lost_answer"), "POST", to="commit/"))
     before = len(repo.commits)
     client.upload(model / "config.json", "hf://owner/m@main/c.json", overwrite=overwrite)
     assert hub.get(repo, "c.json") == TEXT
@@ -404,7 +393,7 @@ def test_address_for_an_upload_that_expired_is_asked_for_anew(
     hub: Hub, repo: Repo, through: Through, model: Path
 ) -> None:
     body = b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"
-    client = through(cdn=once(Fault("status", status=403, answer=body), "PUT", "/upload/"))
+    client = through(cdn=once(Fault("status", status=403, answer=body), "PUT", to="/upload/"))
     client.upload(model, "hf://owner/m")
     assert {key: hub.get(repo, key) for key in FILES} == FILES
     assert len(hub.asked("POST", "/objects/batch")) == 2
@@ -415,7 +404,7 @@ def test_damaged_large_file_is_sent_again(
     hub: Hub, repo: Repo, through: Through, model: Path, part_size: int | None
 ) -> None:
     hub.part_size = part_size
-    client = through(cdn=once(Fault("flip_request"), "PUT", "/upload/"))
+    client = through(cdn=once(Fault("flip_request"), "PUT", to="/upload/"))
     client.upload(model, "hf://owner/m")
     assert {key: hub.get(repo, key) for key in FILES} == FILES
     assert not hub.uploads.unfinished
@@ -428,7 +417,7 @@ def test_damaged_commit_is_never_taken_for_a_success(
     repaired = 0
     for number in range(8):
         fault = Fault("flip_request", at=0.2 + number / 20)
-        client = through(once(fault, "POST", "commit/"))
+        client = through(once(fault, "POST", to="commit/"))
         key, before = f"{number}.json", len(repo.commits)
         try:
             client.upload(model / "config.json", f"hf://owner/m@main/{key}", overwrite=overwrite)
@@ -446,7 +435,7 @@ def test_damaged_copy_of_a_small_file_is_no_success(hub: Hub, repo: Repo, throug
     copied = 0
     for number in range(8):
         fault = Fault("flip_request", at=0.2 + number / 20)
-        client = through(once(fault, "POST", "commit/"))
+        client = through(once(fault, "POST", to="commit/"))
         key = f"{number}.txt"
         try:
             client.copy_object("hf://owner/m@main/a.txt", f"hf://owner/m@main/{key}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -26,7 +25,8 @@ from storage.testing.conformance_support import content
 from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Fault
 from storage.uri import parse_uri
-from tests.backends.http_support import CANARY, empty, fast_client, named, nth, quiet
+from tests.backends.http_support import CANARY, b64, empty, fast_client, named, quiet
+from tests.faults.scripts import once
 from tests.servers.nginx_http import NginxHTTP, put_file
 from tests.servers.odd_http import OddHTTP, Reply, Request, StaticFile
 
@@ -59,10 +59,6 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def b64(hasher: hashlib._Hash) -> str:
-    return base64.b64encode(hasher.digest()).decode()
-
-
 PASSING = [
     Fault("reset"),
     Fault("truncate"),
@@ -84,7 +80,7 @@ def test_download_survives_what_passes(
     nginx: NginxHTTP, client: StorageClient, tmp_path: Path, fault: Fault
 ) -> None:
     put_file(nginx.data, "m.bin", DATA)
-    with FaultProxy(nginx.endpoint, nth(fault, number=1)) as proxy:
+    with FaultProxy(nginx.endpoint, once(fault, "GET")) as proxy:
         assert fetched(client, f"{proxy.endpoint}/m.bin", tmp_path) == DATA
 
 
@@ -93,7 +89,7 @@ def test_stream_that_cannot_go_on_is_tried_as_often_as_others_and_never_put_toge
     odd_http: Callable[..., OddHTTP], client: StorageClient, tmp_path: Path, kind: str
 ) -> None:
     server = odd_http(StaticFile(DATA, ranges=False))
-    with FaultProxy(server.url, nth(Fault(kind), number=1)) as proxy:
+    with FaultProxy(server.url, once(Fault(kind), "GET")) as proxy:
         assert fetched(client, f"{proxy.endpoint}/m.bin", tmp_path) == DATA
     assert [one.span for one in server.asked("GET")] == [None, None]
     server.clear()
@@ -133,7 +129,7 @@ def test_flipped_bit_is_noticed_where_anybody_vouches(
     server = odd_http(StaticFile(DATA, headers=told if vouched == "server" else {}))
     digest = sha256(DATA) if vouched == "caller" else None
     with (
-        FaultProxy(server.url, nth(Fault("flip"), number=1)) as proxy,
+        FaultProxy(server.url, once(Fault("flip"), "GET")) as proxy,
         pytest.raises(IntegrityError),
     ):
         client.download(f"{proxy.endpoint}/m.bin", tmp_path / "out", digest=digest)
@@ -151,7 +147,7 @@ def test_etag_of_an_object_store_is_a_hint_and_no_more(
     assert fetched(client, url, tmp_path) == DATA
     if etag == "md5":
         with (
-            FaultProxy(server.url, nth(Fault("flip"), number=1)) as proxy,
+            FaultProxy(server.url, once(Fault("flip"), "GET")) as proxy,
             pytest.raises(IntegrityError, match="ETag says"),
         ):
             client.download(f"{proxy.endpoint}/m.bin", tmp_path / "flipped")
@@ -353,7 +349,7 @@ def test_file_that_is_replaced_midway_is_fetched_anew_with_its_identity(
     nginx: NginxHTTP, client: StorageClient, tmp_path: Path
 ) -> None:
     put_file(nginx.data, "m.bin", DATA)
-    script = nth(Fault("change", at=0.3), number=1)
+    script = once(Fault("change", at=0.3), "GET")
     with FaultProxy(
         nginx.endpoint, script, on_change=lambda one: put_file(nginx.data, "m.bin", OTHER)
     ) as proxy:
@@ -413,7 +409,7 @@ def test_server_that_forgets_ranges_midway_is_read_whole(
 
 def test_stall_is_told_from_other_failures(odd_http: Callable[..., OddHTTP]) -> None:
     server = odd_http(StaticFile(DATA))
-    with FaultProxy(server.url, nth(Fault("stall"), number=1)) as proxy:
+    with FaultProxy(server.url, once(Fault("stall"), "GET")) as proxy:
         location = parse_uri(f"{proxy.endpoint}/")
         backend = open_backend(location, HTTPConfig(read_timeout=0.2), OpenOptions())
         with pytest.raises(TransientError) as caught, backend.read("m.bin") as body:

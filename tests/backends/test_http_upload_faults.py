@@ -23,7 +23,8 @@ from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Fault
 from storage.uri import parse_uri
 from tests.backends.fsspec_servers import PASSWORD, USER, WebdavServer
-from tests.backends.http_support import empty, fast_client, named, nth
+from tests.backends.http_support import b64, empty, fast_client, named
+from tests.faults.scripts import once
 from tests.servers import Azurite, Moto, S3Server, SeaweedFS
 from tests.servers.nginx_http import NginxHTTP
 from tests.servers.odd_http import OddHTTP, Reply, Request, Taker
@@ -31,10 +32,6 @@ from tests.servers.odd_http import OddHTTP, Reply, Request, Taker
 SIZE = 10 * 64 * 1024 + 7
 DATA = content(SIZE)
 OTHER = content(SIZE, 1)
-
-
-def b64(hasher: hashlib._Hash) -> str:
-    return base64.b64encode(hasher.digest()).decode()
 
 
 @pytest.fixture
@@ -82,7 +79,7 @@ def test_upload_is_done_only_with_the_right_bytes(
 ) -> None:
     endpoint, data, config = folder
     with (
-        FaultProxy(endpoint, nth(fault, "PUT", 1)) as proxy,
+        FaultProxy(endpoint, once(fault, "PUT")) as proxy,
         fast_client(config) as client,
     ):
         assert client.upload(model, f"{proxy.endpoint}/m.bin")
@@ -244,7 +241,7 @@ def test_damaged_upload_by_a_presigned_url_of_s3_is_sent_again(
     seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, model: Path, signature: str
 ) -> None:
     key = f"{prefix}/m.bin"
-    with FaultProxy(seaweedfs.endpoint, nth(Fault("flip_request"), "PUT", 1)) as proxy:
+    with FaultProxy(seaweedfs.endpoint, once(Fault("flip_request"), "PUT")) as proxy:
         url = s3_url(seaweedfs, proxy.endpoint, shared_bucket, key, signature)
         with fast_client() as client:
             client.upload(model, url)
@@ -277,7 +274,7 @@ def test_damaged_upload_by_a_signed_url_of_azure_is_sent_again(
         expiry=datetime.now(UTC) + timedelta(minutes=10),
     )
     config = HTTPConfig({"x-ms-blob-type": "BlockBlob", "x-ms-version": "2021-08-06"})
-    with FaultProxy(azurite.endpoint, nth(Fault("flip_request"), "PUT", 1)) as proxy:
+    with FaultProxy(azurite.endpoint, once(Fault("flip_request"), "PUT")) as proxy:
         with fast_client(config) as client:
             client.upload(model, f"{proxy.endpoint}/{account.name}/{container}/{key}?{sas}")
         assert [one.method for one in proxy.exchanges] == ["PUT", "PUT"]

@@ -18,7 +18,7 @@ from storage.cache.leases import release_all
 from storage.client import StorageClient
 from storage.config import load_settings
 from storage.errors import StorageError
-from storage.testing.fault_script import Fault, Request, SeededScript
+from storage.testing.fault_script import KINDS, Fault, Request, SeededScript
 from tests.facade.stores import Store
 from tests.faults.stores import Site
 from tests.faults.transfers import Download, Transfer, Upload, Wrong
@@ -43,37 +43,10 @@ in which it is noticed (``STALL``), the wait that the store asks for, and what h
 again; so a transfer with n faults ends within ``BOUND + n * (STALL + WAIT + 0.5)``. Where the
 store is patient with a request, ``STALL`` is so many times as much."""
 
-DOWN = (
-    "reset",
-    "reset_request",
-    "truncate",
-    "truncate_unsized",
-    "stall",
-    "stall_answer",
-    "throttle",
-    "status",
-    "error_body",
-    "lost_answer",
-    "flip",
-    "change",
-    "expire",
-)
+DOWN = tuple(kind for kind in KINDS if kind != "flip_request")
 """What can go wrong with a download."""
 
-UP = (
-    "reset",
-    "reset_request",
-    "truncate",
-    "truncate_unsized",
-    "stall",
-    "stall_answer",
-    "throttle",
-    "status",
-    "error_body",
-    "lost_answer",
-    "flip_request",
-    "expire",
-)
+UP = tuple(kind for kind in KINDS if kind not in ("flip", "change"))
 """What can go wrong with an upload."""
 
 _MIXED = 3

@@ -10,10 +10,12 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from storage.testing.fault_proxy import FaultProxy
-from storage.testing.fault_script import Fault, Script
+from storage.testing.fault_script import Fault
+from tests.faults.scripts import once
 
 DATA = random.Random(5).randbytes(300_000)
-QUIET = 0.3
+# Seconds without a byte after which nothing more is expected. A busy machine pauses for less.
+QUIET = 2.0
 
 
 class Seen(NamedTuple):
@@ -92,11 +94,6 @@ class Client:
     def ask(self, method: str, target: str, *lines: str, body: bytes = b"") -> Seen:
         self.send(method, target, *lines, body=body)
         return self.receive(bodiless=method == "HEAD")
-
-
-def once(fault: Fault) -> Script:
-    """Return a script by which the first request meets ``fault``, and no other."""
-    return lambda request: fault if request.number == 1 else None
 
 
 def see(

@@ -9,7 +9,8 @@ import pytest
 
 from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Fault, Request, SeededScript
-from tests.faults.proxy_support import DATA, QUIET, Client, once, see
+from tests.faults.proxy_support import DATA, QUIET, Client, see
+from tests.faults.scripts import once
 from tests.servers.nginx_http import NginxHTTP, put_file
 from tests.servers.odd_http import OddHTTP, Reply
 

@@ -34,10 +34,11 @@ from storage.backends.base import (
     ObjectInfo,
     OpenOptions,
     Payload,
+    check_prefix,
 )
 from storage.backends.drivers.fsspec import FsspecBackend
 from storage.backends.drivers.fsspec_parts import Chunks, arriving, run
-from storage.backends.drivers.streams import send_payload
+from storage.backends.drivers.streams import check_pin, send_payload
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -172,9 +173,8 @@ class AzureFsspecBackend(FsspecBackend):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`. The listing brings metadata and digests along."""
+        check_prefix(prefix)
         if prefix:
-            if not prefix.endswith("/"):
-                raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
             check_key(self.where(prefix), prefix)
         pages: Any = None
 
@@ -228,8 +228,7 @@ class AzureFsspecBackend(FsspecBackend):
             info = from_headers(key, answer.headers, size)
             if info.etag is None:
                 raise TransientError(f"{where}: the answer describes no blob; check the endpoint")
-            if pin is not None and pin.differs_from(info):
-                raise ObjectChangedError(f"{where} was replaced since it was looked at")
+            check_pin(info, pin, where)
         except BaseException:
             lease.close()
             raise

@@ -26,6 +26,7 @@ from storage.backends.base import (
     ObjectInfo,
     OpenOptions,
     Payload,
+    check_prefix,
 )
 from storage.backends.drivers.fsspec_connect import FsspecStore, supported_schemes
 from storage.backends.drivers.fsspec_errors import classify, translated
@@ -39,10 +40,10 @@ from storage.backends.drivers.fsspec_parts import (
     overrides,
     temporary_key,
 )
+from storage.backends.drivers.streams import check_pin
 from storage.digest import Digest
 from storage.errors import (
     BucketMissingError,
-    InvalidInput,
     ModelMissingError,
     ObjectChangedError,
     ObjectExistsError,
@@ -158,8 +159,7 @@ class FsspecBackend(FsspecStore):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`. Symbolic links are followed; one to nowhere is an error."""
-        if prefix and not prefix.endswith("/"):
-            raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
+        check_prefix(prefix)
         with self._lease() as fs:
             yield from self._walk(fs, prefix)
 
@@ -233,8 +233,7 @@ class FsspecBackend(FsspecStore):
         fs = lease.enter_context(self._lease())
         try:
             info = self._stat(fs, key)
-            if pin is not None and pin.differs_from(info):
-                raise ObjectChangedError(f"{self.where(key)} was replaced since it was looked at")
+            check_pin(info, pin, self.where(key))
             start = span.start if span is not None else 0
             length = len(span) if span is not None else info.size
             if span is not None and info.size is not None and span.end > info.size:

@@ -29,7 +29,7 @@ from storage.backends.base import (
 )
 from storage.backends.drivers.obstore_blocks import Blocks, read_apart
 from storage.backends.drivers.obstore_errors import Classify, check_headers, translated
-from storage.backends.drivers.streams import genuine
+from storage.backends.drivers.streams import check_pin, genuine
 from storage.digest import Digest
 from storage.errors import (
     AuthenticationError,
@@ -37,6 +37,7 @@ from storage.errors import (
     ConfigurationError,
     InvalidInput,
     ModelMissingError,
+    ObjectChangedError,
     StorageError,
     TransientError,
 )
@@ -193,7 +194,12 @@ class ObstoreBackend:
                 f"{self._where(key)}: asked for bytes {span.start}-{span.end - 1}, the store "
                 f"answered with {start}-{end - 1}"
             )
-        return Body(self._describe(key, result), self._chunks(key, result, expected))
+        info = self._describe(key, result)
+        if pin is not None and pin.etag is not None and info.etag is None:
+            # No object at all: an error that calls itself a success.
+            raise ObjectChangedError(f"{self._where(key)}: the answer has no entity tag any more")
+        check_pin(info, pin, self._where(key))
+        return Body(info, self._chunks(key, result, expected))
 
     def _chunks(self, key: str, result: Any, expected: int) -> Iterator[Buffer]:
         arrived = 0

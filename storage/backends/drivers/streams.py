@@ -22,6 +22,7 @@ __all__ = [
     "HashedPayload",
     "Parts",
     "Watched",
+    "check_pin",
     "check_size",
     "exactly",
     "extent",
@@ -102,6 +103,12 @@ def genuine(info: ObjectInfo, where: str) -> ObjectInfo:
             "store's; if that goes on, check the endpoint and the proxy"
         )
     return info
+
+
+def check_pin(info: ObjectInfo, pin: ObjectInfo | None, where: str) -> None:
+    """Raise ``ObjectChangedError`` if what answered a read is another version than ``pin``."""
+    if pin is not None and pin.differs_from(info):
+        raise ObjectChangedError(f"{where} was replaced since it was looked at")
 
 
 def exactly(stream: Any, size: int) -> bytes:

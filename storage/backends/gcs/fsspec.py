@@ -23,11 +23,12 @@ from storage.backends.base import (
     Capabilities,
     ObjectInfo,
     Payload,
+    check_prefix,
 )
 from storage.backends.drivers.fsspec import MIB
 from storage.backends.drivers.fsspec_parts import Chunks, arriving, run
 from storage.backends.drivers.obstore_errors import fits_header
-from storage.backends.drivers.streams import check_size, exactly, extent
+from storage.backends.drivers.streams import check_pin, check_size, exactly, extent
 from storage.backends.gcs.answers import (
     PAGE,
     damage,
@@ -105,8 +106,7 @@ class GcsFsspecBackend(GcsClient):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`."""
-        if prefix and not prefix.endswith("/"):
-            raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
+        check_prefix(prefix)
         path = f"/storage/v1/b/{quoted(self._bucket)}/o"
         query = {"prefix": prefix, **PAGE}
         while True:
@@ -164,8 +164,7 @@ class GcsFsspecBackend(GcsClient):
                 where, span, _number(known.get("content-length")), known.get("content-range")
             )
             info = info_of_headers(key, known, size)
-            if pin is not None and pin.differs_from(info):
-                raise ObjectChangedError(f"{where} was replaced since it was looked at")
+            check_pin(info, pin, where)
         except BaseException as exc:
             lease.close()
             if type(exc) is ModelMissingError and pin is not None:

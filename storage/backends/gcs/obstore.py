@@ -17,6 +17,7 @@ from storage.backends.base import (
     ObjectInfo,
     OpenOptions,
     Payload,
+    check_prefix,
     md5_hint,
 )
 from storage.backends.drivers.obstore import ObstoreBackend, is_lost, obstore
@@ -140,8 +141,7 @@ class GcsObstoreBackend(ObstoreBackend):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`. By the JSON API, with digests and generations."""
-        if prefix and not prefix.endswith("/"):
-            raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
+        check_prefix(prefix)
         try:
             yield from self._json_api.list(prefix)
         except NoJsonApiError:
@@ -195,7 +195,7 @@ class GcsObstoreBackend(ObstoreBackend):
         """See :meth:`Backend.read`."""
         try:
             read = super().read
-            body = self._again(lambda: read(key, span, pin))
+            return self._again(lambda: read(key, span, pin))
         except TransientError as exc:
             if not _is_beyond_obstore(exc):
                 raise
@@ -204,10 +204,6 @@ class GcsObstoreBackend(ObstoreBackend):
             if type(exc) is ModelMissingError and pin is not None:
                 self._replaced(key, exc)
             raise
-        if pin is not None and pin.differs_from(body.info):
-            body.close()
-            raise ObjectChangedError(f"{self._where(key)} was replaced since it was looked at")
-        return body
 
     def _replaced(self, key: str, exc: ModelMissingError) -> None:
         # A bucket that keeps no versions does not know a generation that was overwritten.

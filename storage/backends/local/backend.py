@@ -22,6 +22,7 @@ from storage.backends.base import (
     ObjectInfo,
     OpenOptions,
     Payload,
+    check_prefix,
 )
 from storage.backends.local import files, writes
 from storage.backends.local.files import reporting
@@ -100,8 +101,7 @@ class LocalBackend:
         Symbolic links are followed, except to a directory that holds the link. A link to
         nowhere, a pipe, a socket or a device is an error: a tree is given whole or not.
         """
-        if prefix and not prefix.endswith("/"):
-            raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
+        check_prefix(prefix)
         root = self._check_root()
         start = self._resolve(prefix[:-1]) if prefix else root
         with reporting("listing", self._uri(prefix)):

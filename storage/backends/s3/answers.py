@@ -239,6 +239,20 @@ def code_of(exc: BaseException) -> str:
     return ""
 
 
+def next_page(where: str, token: str | None, before: str | None) -> str:
+    """Return the token of a listing's next page; ``before`` is the one that gave this page.
+
+    Raises:
+        StorageError: there is none, although the listing is cut.
+    """
+    if not token or token == before:
+        raise StorageError(
+            f"{where}: the listing is cut and the store does not say how to go on; it does not "
+            "speak version 2 of S3's listing"
+        )
+    return token
+
+
 def from_code(
     where: str,
     code: str,

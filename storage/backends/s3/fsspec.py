@@ -20,16 +20,18 @@ from storage.backends.base import (
     ObjectInfo,
     OpenOptions,
     Payload,
+    check_prefix,
     md5_hint,
 )
 from storage.backends.drivers.fsspec import MIB, FsspecBackend
 from storage.backends.drivers.fsspec_parts import Chunks, arriving, run
-from storage.backends.drivers.streams import Watched, extent, genuine, send_payload
+from storage.backends.drivers.streams import Watched, check_pin, extent, genuine, send_payload
 from storage.backends.s3.answers import (
     described,
     encrypted,
     from_code,
     kept_with,
+    next_page,
     stored_digests,
     translated,
     version_of,
@@ -222,8 +224,7 @@ class S3FsspecBackend(FsspecBackend):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`."""
-        if prefix and not prefix.endswith("/"):
-            raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
+        check_prefix(prefix)
         arguments: dict[str, str] = {"Prefix": prefix} if prefix else {}
         while True:
             with translated(self.where(prefix)):
@@ -245,13 +246,11 @@ class S3FsspecBackend(FsspecBackend):
                 )
             if not page.get("IsTruncated"):
                 return
-            token = page.get("NextContinuationToken")
-            if not token or token == arguments.get("ContinuationToken"):
-                raise StorageError(
-                    f"{self.where(prefix)}: the listing is cut and the store does not say how "
-                    "to go on; it does not speak version 2 of S3's listing"
-                )
-            arguments["ContinuationToken"] = token
+            arguments["ContinuationToken"] = next_page(
+                self.where(prefix),
+                page.get("NextContinuationToken"),
+                arguments.get("ContinuationToken"),
+            )
 
     def is_digest(self, info: ObjectInfo) -> bool:
         """See :meth:`Backend.is_digest`."""
@@ -281,8 +280,7 @@ class S3FsspecBackend(FsspecBackend):
                 self.where(key), span, answer.get("ContentLength"), answer.get("ContentRange")
             )
             info = genuine(described(key, answer, size), self.where(key))
-            if pin is not None and pin.differs_from(info):
-                raise ObjectChangedError(f"{self.where(key)} was replaced since it was looked at")
+            check_pin(info, pin, self.where(key))
         except BaseException:
             lease.close()
             raise

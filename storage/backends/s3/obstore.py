@@ -10,12 +10,11 @@ from typing import Any
 
 from storage.backends.base import (
     Backend,
-    Body,
-    ByteRange,
     Capabilities,
     ObjectInfo,
     OpenOptions,
     Payload,
+    check_prefix,
 )
 from storage.backends.drivers.obstore import SINGLE_PUT_LIMIT, ObstoreBackend
 from storage.backends.drivers.obstore_blocks import Blocks, md5
@@ -26,7 +25,6 @@ from storage.backends.s3.signed import Refusal, SignedClient
 from storage.digest import Digest
 from storage.errors import (
     AuthenticationError,
-    InvalidInput,
     ModelMissingError,
     ObjectChangedError,
     StorageError,
@@ -81,16 +79,6 @@ class S3ObstoreBackend(ObstoreBackend):
         self._checksum = checksum
         self._leftovers = Leftovers(uri, self._light, options)
 
-    def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
-        body = super().read(key, span, pin)
-        if pin is not None and (
-            pin.differs_from(body.info) or (body.info.etag is None) != (pin.etag is None)
-        ):
-            # Another object, or no object at all: an error that calls itself a success.
-            body.close()
-            raise ObjectChangedError(f"{self._where(key)} was replaced since it was looked at")
-        return body
-
     # --- credentials that have run out ----------------------------------------------------------
 
     def _classified(
@@ -126,8 +114,7 @@ class S3ObstoreBackend(ObstoreBackend):
         return self._client(options, self._classified)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        if prefix and not prefix.endswith("/"):
-            raise InvalidInput(f"a prefix is empty or ends in '/', unlike {prefix!r}")
+        check_prefix(prefix)
         client = self._light(self._options)
         return client.objects(prefix) if client.usable else self._second().list(prefix)
 

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 from storage.backends.base import ObjectInfo, OpenOptions, md5_hint
 from storage.backends.drivers.light import LightSession
 from storage.backends.network import Network
-from storage.backends.s3.answers import from_code
+from storage.backends.s3.answers import from_code, next_page
 from storage.errors import (
     ConfigurationError,
     StorageError,
@@ -139,12 +139,7 @@ class SignedClient:
             if truncated != "true":
                 return
             token = page.findtext("NextContinuationToken")
-            if not token or token == query.get("continuation-token"):
-                raise StorageError(
-                    f"{where}: the listing is cut and the store does not say how to go on; it "
-                    "does not speak version 2 of S3's listing"
-                )
-            query["continuation-token"] = token
+            query["continuation-token"] = next_page(where, token, query.get("continuation-token"))
 
     def head(
         self, key: str, version: str | None = None, etag: str | None = None
