@@ -102,8 +102,10 @@ def run_tasks(
     lock = threading.Lock()
     source: Iterator[Task] = iter(tasks)
     failures: list[BaseException] = []
+    workers: list[threading.Thread] = []
 
     def work() -> None:
+        workers.append(threading.current_thread())
         while not cancel.is_set():
             try:
                 with lock:
@@ -126,15 +128,17 @@ def run_tasks(
     else:
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(threads, thread_name_prefix="storage") as pool:
-            try:
-                # What happens in a thread is told of the transfer (and the span) that began it.
-                _run_threads(
-                    lambda: pool.submit(contextvars.copy_context().run, work), threads, moved
-                )
-            finally:
-                # On an interrupt: let the threads stop at their next buffer.
-                cancel.set()
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="storage")
+        try:
+            # What happens in a thread is told of the transfer (and the span) that began it.
+            _run_threads(lambda: pool.submit(contextvars.copy_context().run, work), threads, moved)
+        finally:
+            # On an interrupt: let the threads stop at their next buffer.
+            cancel.set()
+            pool.shutdown()
+            # The pool does not know a thread during whose start the interrupt came.
+            for worker in workers:
+                worker.join()
     if failures:
         raise failures[0]
 

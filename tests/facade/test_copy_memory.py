@@ -45,7 +45,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     path.unlink()
 
 
-@pytest.mark.parametrize(("driver", "limit"), [("obstore", 160), ("fsspec", 200)])
+@pytest.mark.parametrize(("driver", "limit"), [("obstore", 160), ("fsspec", 240)])
 def test_peak_memory_does_not_depend_on_the_size(
     seaweedfs: SeaweedFS,
     seaweedfs_bucket: str,
