@@ -72,10 +72,10 @@ _FEW = 3
 # "?" on may be a credential (SAS tokens and presigned URLs keep theirs in the query).
 # What an Azure URI has there is the name of a container.
 _USERINFO = re.compile(
-    r"(?<![A-Za-z])(?!abfss?://[a-z0-9$-]+@[a-z0-9]+\.(?:dfs|blob)\.)"
-    r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s@]*@"
+    r"://(?!(?:(?<=\babfs://)|(?<=\babfss://))[a-z0-9$-]+@[a-z0-9]+\.(?:dfs|blob)\.)[^/?#\s@]*@"
 )
-_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?\"<>]*)\?[^\s\"<>]*")
+_WORD = re.compile(r"[^\s\"<>]+")
+_PIN = re.compile(r"\?(?:versionId|generation)=[A-Za-z0-9._-]+$")
 # What a request's headers look like when an SDK prints them.
 _HEADER = re.compile(
     r"(?i)\b(authorization|x-amz-security-token|cookie|proxy-authorization|x-ms-copy-source"
@@ -144,8 +144,8 @@ def redact(text: str) -> str:
     for secret in _concealed:
         if secret in text:
             text = text.replace(secret, "…")
-    text = _USERINFO.sub(r"\1…@", text)
-    text = _QUERY.sub(_keep_pins, text)
+    text = _USERINFO.sub("://…@", text)
+    text = _WORD.sub(_without_query, text)
     return _HEADER.sub(r"\1\2\3…", text)
 
 
@@ -184,10 +184,13 @@ def conceal_causes(error: BaseException) -> None:
             left.append(below)
 
 
-def _keep_pins(match: re.Match[str]) -> str:
-    whole = match.group(0)
-    pin = re.search(r"\?(?:versionId|generation)=[A-Za-z0-9._-]+$", whole)
-    return whole if pin and whole.count("?") == 1 else f"{match.group(1)}?…"
+def _without_query(match: re.Match[str]) -> str:
+    word = match.group(0)
+    url = word.find("://")
+    query = word.find("?", url)
+    if url < 0 or query < 0 or (word.count("?") == 1 and _PIN.search(word, query)):
+        return word
+    return f"{word[:query]}?…"
 
 
 def one_line(text: object, limit: int = 300) -> str:

@@ -69,3 +69,9 @@ def test_no_credential_is_lost_between_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(conceal, names))
     assert redact(" ".join(names)).split() == ["…"] * 400
+
+
+@pytest.mark.parametrize("piece", ["a", "a.b-", "A1b2", "://", "x://", "://@", "sig", "?://", "a@"])
+def test_text_of_others_takes_no_longer_than_its_length(piece: str) -> None:
+    # By steps, not by a clock: what is quadratic would not end before the tests are stopped.
+    assert redact(piece * (4_000_000 // len(piece)))
