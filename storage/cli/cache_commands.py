@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 import sys
 import time
 from argparse import Namespace
@@ -14,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from storage import __version__
-from storage.cli.output import Output, count, human_size, human_time, iso_time
+from storage.cli.output import Output, count, human_size, human_time, iso_time, new_file
 from storage.client import StorageClient
 from storage.errors import (
     InsufficientSpaceError,
@@ -23,7 +21,6 @@ from storage.errors import (
     ModelMissingError,
     TransferError,
 )
-from storage.files import translate_os_errors
 from storage.uri import Location, parse_uri
 
 if TYPE_CHECKING:
@@ -320,7 +317,7 @@ def _export(client: StorageClient, args: Namespace, output: Output) -> None:
     if args.file == "-":
         exported = export(cache, _Counted(output, output), refs, creator)
     else:
-        with _new_file(args.file) as file:
+        with new_file(args.file) as file:
             exported = export(cache, _Counted(file, output), refs, creator)
     output.note(
         f"exported {count(len(exported.uris), 'model')}, {count(exported.blobs, 'blob')}, "
@@ -359,29 +356,6 @@ class _Counted:
         data: bytes = self._stream.read(size)
         self._read(len(data))
         return data
-
-
-@contextlib.contextmanager
-def _new_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file that gets its name when all of it is on the disk."""
-    with translate_os_errors(path):
-        if os.path.exists(path) and not os.path.isfile(path):
-            # A pipe or a device is written to, and stays what it is.
-            with open(path, "wb") as file:
-                yield file
-            return
-        folder, name = os.path.split(os.path.realpath(path))
-        temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}.part")
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, os.path.join(folder, name))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
 
 
 def _import(client: StorageClient, args: Namespace, output: Output) -> None:

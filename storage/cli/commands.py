@@ -23,6 +23,7 @@ from storage.uri import parse_uri
 if TYPE_CHECKING:
     from storage.backends.base import ObjectInfo
     from storage.client import StorageClient
+    from storage.client.signatures import SignaturePolicy
     from storage.digest import Digest
 
 __all__ = ["run"]
@@ -55,6 +56,14 @@ def _config(client: StorageClient, name: str | None) -> Any:
     return named_config(name, client.settings)
 
 
+def _policy(file: str | None) -> SignaturePolicy | None:
+    if file is None:
+        return None
+    from storage.client.signatures import SignaturePolicy
+
+    return SignaturePolicy.read(file)
+
+
 def _download(args: Namespace, output: Output) -> None:
     began = time.perf_counter()
     with _client() as client, output.reporter() as reporter:
@@ -69,6 +78,7 @@ def _download(args: Namespace, output: Output) -> None:
             "cache": args.cache or None,
             "link": args.link,
             "overwrite": args.overwrite,
+            "require_signature": _policy(args.require_signature),
         }
         if args.locked is not None:
             _download_locked(client, args, options, reporter, output)
@@ -276,6 +286,18 @@ def _cache(args: Namespace, output: Output) -> None:
     run(args, output)
 
 
+def _container(args: Namespace, output: Output) -> None:
+    from storage.cli.container_commands import run
+
+    run(args, output)
+
+
+def _archive(args: Namespace, output: Output) -> None:
+    from storage.cli.archive_commands import run
+
+    run(args, output)
+
+
 def _quickstart(args: Namespace, output: Output) -> None:
     from storage.cli.quickstart import quickstart
 
@@ -295,6 +317,8 @@ _COMMANDS = {
     "lock": _lock,
     "prefetch": _prefetch,
     "cache": _cache,
+    "archive": _archive,
+    "container": _container,
     "quickstart": _quickstart,
 }
 

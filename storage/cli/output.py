@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TextIO
 
 from storage.errors import DestinationError, one_line, redact
+from storage.files import translate_os_errors
 
 if TYPE_CHECKING:
     import rich.progress
@@ -32,6 +34,7 @@ __all__ = [
     "human_size",
     "human_time",
     "iso_time",
+    "new_file",
     "printable",
     "summary",
 ]
@@ -317,6 +320,33 @@ def iso_time(time: datetime | None) -> str | None:
 def printable(text: str) -> str:
     """Return ``text`` without characters that steer a terminal; names may hold any."""
     return "".join(char if char.isprintable() else "?" for char in text)
+
+
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[BinaryIO]:
+    """Open a file that gets its name when all of it is on the disk.
+
+    Raises:
+        DestinationError: it cannot be written; nothing is left.
+    """
+    with translate_os_errors(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            # A pipe or a device is written to, and stays what it is.
+            with open(path, "wb") as file:
+                yield file
+            return
+        folder, name = os.path.split(os.path.realpath(path))
+        temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}.part")
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, os.path.join(folder, name))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
 
 
 def _jsonable(value: Any) -> Any:

@@ -13,12 +13,14 @@ from urllib.parse import urlsplit
 
 from storage.backends import open_backend
 from storage.config.plain import AnySettings, current_settings
+from storage.errors import ConfigurationError, InvalidInput
 from storage.transfer.plan import resolve
 from storage.uri import Location
 
 if TYPE_CHECKING:
     from storage.backends.base import Backend, ObjectInfo
     from storage.cache.cache import ModelCache
+    from storage.client.signatures import RequireSignature, SignaturePolicy
     from storage.transfer.engine import Budget, TransferOptions
     from storage.transfer.limits import RateLimiter
 
@@ -30,15 +32,24 @@ T = TypeVar("T")
 class ClientBase:
     """The state of a client. Safe for many threads; a forked child makes its own."""
 
-    def __init__(self, config: Any = None, settings: AnySettings | None = None) -> None:
+    def __init__(
+        self,
+        config: Any = None,
+        settings: AnySettings | None = None,
+        *,
+        require_signature: SignaturePolicy | None = None,
+    ) -> None:
         """Prepare; no network, no disk, no SDK.
 
         Args:
             config: config for every call that brings none of its own.
             settings: limits, cache folder, offline mode; read from the environment and the
                 settings file on first use if ``None``.
+            require_signature: who has to have signed whatever is handed over, where a call says
+                nothing else; from the settings if ``None``.
         """
         self._config = config
+        self._policy = require_signature
         self._given_settings = settings
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -83,6 +94,42 @@ class ClientBase:
         if self._given_settings is None:
             self._given_settings = current_settings()
         return self._given_settings
+
+    @property
+    def signature_policy(self) -> SignaturePolicy | None:
+        """Who has to have signed whatever is handed over, where a call says nothing else.
+
+        Raises:
+            ConfigurationError: the settings name a file without a key or certificates.
+        """
+        file = None if self._policy is not None else self.settings.require_signature
+        if file is not None:
+            from storage.client.signatures import SignaturePolicy
+
+            try:
+                self._policy = SignaturePolicy.read(file)
+            except InvalidInput as exc:
+                raise ConfigurationError(f"the setting require_signature: {exc}") from exc
+        return self._policy
+
+    def policy_for(self, asked: RequireSignature) -> SignaturePolicy | None:
+        """Return the policy of a call that says ``asked``.
+
+        Raises:
+            InvalidInput: it says something else.
+        """
+        if asked is None:
+            return self.signature_policy
+        if asked is False:
+            return None
+        from storage.client.signatures import SignaturePolicy
+
+        if not isinstance(asked, SignaturePolicy):
+            raise InvalidInput(
+                'require_signature is a SignaturePolicy, such as SignaturePolicy.key("pub.pem"), '
+                f"False or None, not {type(asked).__name__}"
+            )
+        return asked
 
     def backend(self, location: Location, config: Any = None) -> Backend:
         """Return the backend for the bucket of ``location``, the same one for the same config."""

@@ -459,6 +459,10 @@ class CachedDownload:
         if self._job.unpack:
             archive = () if ref is None else ref.archive
             return next((each for each in archive if each.algorithm == algorithm), None)
+        return self.with_digests(manifest, algorithm).digest(algorithm)
+
+    def with_digests(self, manifest: Manifest, algorithm: str) -> Manifest:
+        """Return the manifest of a cached model with the digest of every file in ``algorithm``."""
         unknown = [file for file in manifest.files if file.digest_in(algorithm) is None]
         if unknown:
             manifest = manifest.with_digests(
@@ -472,4 +476,4 @@ class CachedDownload:
                 for file in manifest.files:
                     self._cache.upper.index.learn(Known(file.digest, file.size, file.others), None)
                 self._cache.upper.index.flush()
-        return manifest.digest(algorithm)
+        return manifest

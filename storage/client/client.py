@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from storage.client.lockfile import LockFile
     from storage.client.prefetch import PrefetchResult
     from storage.client.repair import Repair
+    from storage.client.signatures import RequireSignature
 
 __all__ = ["StorageClient"]
 
@@ -61,6 +62,7 @@ class StorageClient(ClientBase):
         durable: bool | None = None,
         overwrite: bool = False,
         progress: ProgressCallback | None = None,
+        require_signature: RequireSignature = None,
     ) -> str:
         """Bring an object or a tree here, verified, and return its local path.
 
@@ -85,6 +87,7 @@ class StorageClient(ClientBase):
                 durable=durable,
                 overwrite=overwrite,
                 progress=progress,
+                require_signature=require_signature,
             )
         options = DownloadOptions(
             config=config,
@@ -98,6 +101,7 @@ class StorageClient(ClientBase):
             durable=durable,
             overwrite=overwrite,
             progress=progress,
+            require_signature=require_signature,
         )
         location = parse_uri(cast("str | os.PathLike[str]", uri))
         return Download(self, location, options).run(None if dest is None else local_path(dest))
@@ -179,6 +183,7 @@ class StorageClient(ClientBase):
         config: Any = None,
         pin: bool = False,
         jobs: int = 4,
+        require_signature: RequireSignature = None,
     ) -> list[PrefetchResult]:
         """Fill the cache with all that a file names, safe from a power cut.
 
@@ -188,6 +193,7 @@ class StorageClient(ClientBase):
             config: for those sources whose type it fits.
             pin: never evict them.
             jobs: models fetched at once.
+            require_signature: as for a download.
 
         Returns:
             What became of each entry, in order; a failure does not keep others from coming.
@@ -197,7 +203,7 @@ class StorageClient(ClientBase):
         """
         from storage.client.prefetch import prefetch
 
-        return prefetch(self, file, config, pin, jobs)
+        return prefetch(self, file, config, pin, jobs, require_signature)
 
     def repair(
         self,
@@ -376,6 +382,13 @@ class StorageClient(ClientBase):
     ) -> bool:
         """Copy an object or a tree; see :meth:`storage.StorageOperations.copy_object`."""
         source, target = parse_uri(src_uri), writable(parse_uri(dest_uri))
+        # "local" is what the generic driver calls this machine.
+        here = target.is_local or target.scheme == "local"
+        if here and self.signature_policy is not None:
+            raise UnsupportedOperation(
+                f"{source} would be copied to this machine without its signature being verified, "
+                "which this client requires; download it"
+            )
         if dest_config is None and source.type == target.type:
             dest_config = config
         from storage.client.copy import Copy
@@ -395,6 +408,8 @@ class StorageClient(ClientBase):
         retry = self.transfer_options.retry
         if location.forces_tree:
             raise InvalidInput(f"{location} names a tree; only an object can be opened")
+        if mode == "rb" and self.signature_policy is not None:
+            return open(self._download_object(uri, config=config), "rb")
         if mode == "rb":
             where = str(location)
             info = self.run_retried(backend.stat, location.key, location.version, where=where)
@@ -408,8 +423,18 @@ class StorageClient(ClientBase):
             return open_writer(backend, location.key, retry, str(location), if_absent=mode == "xb")
         raise InvalidInput(f"the mode is {mode!r}; expected 'rb', 'wb' or 'xb'")
 
+    def _download_object(self, uri: str | os.PathLike[str], *, config: Any = None) -> str:
+        """Download as :meth:`download` does; a tree is refused before its first byte."""
+        options = DownloadOptions(config=config, single=True)
+        return Download(self, parse_uri(uri), options).run(None)
+
     def filesystem(self, uri: str | os.PathLike[str], *, config: Any = None) -> AbstractFileSystem:
         """Return an fsspec file system; see :meth:`storage.Storage.filesystem`."""
+        if self.signature_policy is not None:
+            raise UnsupportedOperation(
+                f"{parse_uri(uri)}: a file system reads what was not verified, and this client "
+                "requires signatures; download it, or use a client without require_signature"
+            )
         return self.backend(parse_uri(uri), config).filesystem()[0]
 
 

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from storage.client.offline import Offline, offline_mode, warn_of_copy
 from storage.config.freshness import Freshness, read_freshness
 from storage.digest import Digest, hash_file, tree_digest
-from storage.errors import IntegrityError, InvalidInput, OfflineError, UnreachableError
+from storage.errors import (
+    IntegrityError,
+    InvalidInput,
+    OfflineError,
+    SignatureError,
+    UnreachableError,
+)
 from storage.files import check_space, materialise, translate_os_errors
 from storage.transfer import events
 from storage.transfer.plan import Patterns, Plan, PlannedFile, make_plan, resolve
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from storage.cache.refs import Source
     from storage.client.cached import CachedDownload
     from storage.client.client import StorageClient
+    from storage.client.signatures import RequireSignature
     from storage.transfer.download import FetchedFile
     from storage.transfer.journal import Journal
 
@@ -52,6 +59,9 @@ class DownloadOptions:
     durable: bool | None = None
     overwrite: bool = False
     progress: ProgressCallback | None = None
+    require_signature: RequireSignature = None
+    single: bool = False
+    """Whether a tree is refused, before its first byte."""
 
 
 class Download:
@@ -61,6 +71,7 @@ class Download:
         """Keep the arguments; refuse what contradicts itself."""
         self.client = client
         self.location = location
+        self._options = options
         self.config = options.config
         self.patterns = options.patterns
         self.unpack = options.unpack
@@ -72,12 +83,21 @@ class Download:
         )
         self.durable = settings.durable if options.durable is None else options.durable
         self._files = options.files or {}
-        self._offline = offline_mode(settings, location, options.offline)
+        self.offline = offline_mode(settings, location, options.offline)
+        self.keeps: bool | None = None
+        """Whether what is fetched is kept in the cache; known once it runs."""
+
         self._overwrite = options.overwrite
         self._fill = options.cache
         self.link = options.link
         if self.link not in (None, "hardlink", "symlink"):
             raise InvalidInput(f"link is 'hardlink', 'symlink' or None, not {self.link!r}")
+        policy = client.policy_for(options.require_signature)
+        self._verification = None
+        if policy is not None:
+            from storage.client.signatures import Verification
+
+            self._verification = Verification(self, policy)
 
     def run(self, dest: str | None) -> str:
         """Download to ``dest``, or to where the cache keeps it, and return the path."""
@@ -85,15 +105,17 @@ class Download:
             return self._run(dest)
 
     def _run(self, dest: str | None) -> str:
+        self.keeps = dest is None or self._fill
         if self.location.is_local:
             return self._from_this_machine(dest)
-        if self._offline is True:
+        if self.offline is True:
             return self._from_cache(dest)
         try:
-            return self._from_store(dest)
+            return self._from_store_or_again(dest)
         except UnreachableError as exc:
-            if self._offline != "auto":
+            if self.offline != "auto":
                 raise
+            self.offline = True
             try:
                 path = self._from_cache(dest)
             except OfflineError:
@@ -112,7 +134,14 @@ class Download:
         plan = self.client.run_retried(make_plan, self.backend, where, self.patterns)
         if self.unpack and plan.is_tree:
             raise InvalidInput(f"{plan.uri} is a tree; unpack=True is for one archive")
+        self._refuse_tree(plan.is_tree)
+        if self._verification is not None:
+            self._verification.expect(plan)
         return plan
+
+    def _refuse_tree(self, is_tree: bool) -> None:
+        if is_tree and self._options.single:
+            raise InvalidInput(f"{self.location} is a tree; one object was expected")
 
     def demand(self, file: PlannedFile, is_tree: bool) -> Digest | None:
         """Return the digest that a file must have because the caller says so."""
@@ -133,6 +162,7 @@ class Download:
         """Return the path of what is here already, checked if a digest is expected."""
         backend = self.backend
         is_tree, objects = resolve(backend, self.location)
+        self._refuse_tree(is_tree)
         if self.location.scheme == "pvc":
             # Whoever reads the tree follows its links: none of them may lead out of the claim.
             objects = iter(list(objects))
@@ -143,6 +173,8 @@ class Download:
             self._check_files(
                 path, [info.key[skip:] for info in objects] if is_tree else [], is_tree
             )
+        if self._verification is not None:
+            self._verification.check_in_place(path)
         return path
 
     def _refuse_overlap(self, dest: str) -> None:
@@ -163,27 +195,46 @@ class Download:
 
     # -- from a store ------------------------------------------------------------------------
 
+    def _from_store_or_again(self, dest: str | None) -> str:
+        try:
+            return self._from_store(dest)
+        except SignatureError:
+            if self._verification is None or not self.freshness:
+                raise
+            # Of a model and its signature one may be cached and the other newer.
+            self.freshness = 0.0
+            self._verification.forget()
+            return self._from_store(dest)
+
     def _from_store(self, dest: str | None) -> str:
         if dest is None or self._fill:
             return self._through_cache(dest)
         with self._cached() as cached:
             manifest = cached.fresh(cached.last())
-            if manifest is not None:
+            # An archive is verified as such, and is not there any more.
+            if manifest is not None and not (self.unpack and self._verification is not None):
+                self._verify_cached(cached, manifest)
                 self.tell_present(manifest)
                 return self._materialise(manifest, dest)
             return self._fetch(self.make_plan(), dest, cached)
 
     def _through_cache(self, dest: str | None) -> str:
+        self._verify_archive()
         with self._cached() as cached:
             manifest = cached.obtain()
+            self._refuse_tree(manifest.is_tree)
+            self._verify_cached(cached, manifest)
             if dest is not None:
                 return self._materialise(manifest, dest)
             return cached.keep(manifest)
 
     def _from_cache(self, dest: str | None) -> str:
         """Take what the source was when it was cached last; no backend, no socket."""
+        self._verify_archive()
         with self._cached() as cached:
             manifest = cached.offline()
+            self._refuse_tree(manifest.is_tree)
+            self._verify_cached(cached, manifest)
             self.tell_present(manifest)
             return cached.keep(manifest) if dest is None else self._materialise(manifest, dest)
 
@@ -191,6 +242,44 @@ class Download:
         from storage.client.cached import CachedDownload
 
         return CachedDownload(self)
+
+    def _verify_cached(self, cached: CachedDownload, manifest: Manifest) -> None:
+        """Verify the signature of what the cache has, before it is handed over."""
+        if self._verification is None or self.unpack:
+            return
+        from storage.container.signed_files import LocalFile
+
+        for algorithm in self._verification.algorithms:
+            manifest = cached.with_digests(manifest, algorithm)
+        files = {
+            file.path: LocalFile(
+                self.client.cache.blob_path(file.digest),
+                {digest.algorithm: digest for digest in (file.digest, *file.others)},
+            )
+            for file in manifest.files
+        }
+        self._verification.check(manifest.is_tree, files)
+
+    def _verify_archive(self) -> None:
+        """Verify an archive, and expect what is unpacked to have come from it.
+
+        The cache has what was unpacked, which is not what was signed.
+        """
+        if self._verification is None or not self.unpack:
+            return
+        asked = replace(
+            self._options,
+            unpack=False,
+            link=None,
+            offline=self.offline,
+            freshness=self.freshness,
+        )
+        job = Download(self.client, self.location, asked)
+        assert job._verification is not None
+        job._verification.is_archive = True
+        archive = job.run(None)
+        with translate_os_errors(archive):
+            self.expected = hash_file(archive, ("sha256",))["sha256"]
 
     def tell_present(self, manifest: Manifest) -> None:
         """Tell whoever watches that all of a model is here already."""
@@ -278,6 +367,13 @@ class Download:
                 digests[fetched.path] = fetched.digests
             if plan.is_tree:
                 self._check_tree(digests)
+            if self._verification is not None:
+                from storage.container.signed_files import LocalFile
+
+                self._verification.check(
+                    plan.is_tree,
+                    {path: LocalFile(targets[path], known) for path, known in digests.items()},
+                )
             if archive is not None:
                 self.extract(archive, destination.content)
                 os.unlink(archive)
@@ -316,6 +412,8 @@ class Download:
         algorithms = {*options.pop("algorithms", ())}
         if self.expected is not None:
             algorithms.add(self.expected.algorithm)
+        if self._verification is not None:
+            algorithms.update(self._verification.algorithms)
         return fetch(
             self.backend,
             plan,
@@ -333,10 +431,10 @@ class Download:
 
     def extract(self, archive: str, folder: str) -> None:
         """Unpack the archive that the source is."""
-        from storage.container.archive import extract_archive
+        from storage.container.extract import extract_into
 
         with translate_os_errors(folder):
-            extract_archive(archive, folder)
+            extract_into(archive, folder)
 
     def _check_files(self, path: str, files: list[str], is_tree: bool) -> None:
         """Compare files that are here already with the expected digest."""

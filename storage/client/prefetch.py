@@ -19,6 +19,7 @@ from storage.uri import Location, parse_uri
 
 if TYPE_CHECKING:
     from storage.client.client import StorageClient
+    from storage.client.signatures import RequireSignature
 
 __all__ = ["PrefetchResult", "prefetch"]
 
@@ -45,12 +46,17 @@ class _Entry:
 
 
 def prefetch(
-    client: StorageClient, file: str | os.PathLike[str], config: Any, pin: bool, jobs: int
+    client: StorageClient,
+    file: str | os.PathLike[str],
+    config: Any,
+    pin: bool,
+    jobs: int,
+    require_signature: RequireSignature,
 ) -> list[PrefetchResult]:
     """Download what ``file`` names; see :meth:`StorageClient.prefetch`."""
     if jobs < 1:
         raise InvalidInput(f"jobs is {jobs}; expected at least 1")
-    entries = _read(client, file)
+    entries = _read(client, file, require_signature)
     if not entries:
         return []
     # One config for the whole file: it has to fit something in it, not every entry.
@@ -84,7 +90,9 @@ def _pin(client: StorageClient, locations: Sequence[Location], config: Any) -> N
                 raise
 
 
-def _read(client: StorageClient, file: str | os.PathLike[str]) -> list[_Entry]:
+def _read(
+    client: StorageClient, file: str | os.PathLike[str], require_signature: RequireSignature
+) -> list[_Entry]:
     name = os.fspath(file)
     try:
         with open(file, "rb") as stream:
@@ -93,7 +101,7 @@ def _read(client: StorageClient, file: str | os.PathLike[str]) -> list[_Entry]:
     except OSError as exc:
         raise ConfigurationError(f"{name} cannot be read: {exc.strerror}") from exc
     if data.lstrip().startswith(b"{"):
-        options = {"durable": True}
+        options = {"durable": True, "require_signature": require_signature}
 
         def download(model: Any, config: Any) -> str:
             return download_model(client, model, None, options | {"config": config})
@@ -103,13 +111,15 @@ def _read(client: StorageClient, file: str | os.PathLike[str]) -> list[_Entry]:
             for model in LockFile.read(file).models
         ]
     return [
-        _Entry(locations, partial(_download, client, uris))
+        _Entry(locations, partial(_download, client, uris, require_signature))
         for uris, locations in _read_lines(data, name)
     ]
 
 
-def _download(client: StorageClient, uris: Sequence[str], config: Any) -> str:
-    return client.download(uris, config=config, durable=True)
+def _download(
+    client: StorageClient, uris: Sequence[str], require_signature: RequireSignature, config: Any
+) -> str:
+    return client.download(uris, config=config, durable=True, require_signature=require_signature)
 
 
 def _read_lines(data: bytes, name: str) -> list[tuple[list[str], tuple[Location, ...]]]:

@@ -134,6 +134,8 @@ def _repair(
         freshness=REVALIDATE,
         cache=True,
         progress=progress,
+        # Nothing is handed over.
+        require_signature=False,
     )
     try:
         Download(client, location, options).run(None)

@@ -94,7 +94,7 @@ def read_offline(value: Any) -> bool | Literal["auto"]:
 
 
 def read_folder(value: Any) -> Any:
-    """Return the absolute path of a folder; what is no path as it is."""
+    """Return the absolute path of a folder or file; what is no path as it is."""
     if not isinstance(value, (str, os.PathLike)):
         return value
     return Path(os.path.abspath(os.path.expanduser(value)))
@@ -169,6 +169,7 @@ class PlainSettings:
     offline: bool | Literal["auto"] = False
     durable: bool = False
     digest_algorithm: Literal["blake3", "sha256"] = "blake3"
+    require_signature: Path | None = None
     profile: Literal["edge"] | None = None
     transfer: PlainTransfer = field(default_factory=PlainTransfer)
     stores: Mapping[str, Store] = field(default_factory=dict)
@@ -255,5 +256,6 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "offline": read_offline,
     "durable": lambda text: _WORDS[text.lower()],
     "digest_algorithm": {"blake3": "blake3", "sha256": "sha256"}.__getitem__,
+    "require_signature": read_folder,
     "profile": {name: name for name in PROFILES}.__getitem__,
 }

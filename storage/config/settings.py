@@ -196,6 +196,11 @@ class Settings(StrictModel):
     digest_algorithm: Literal["blake3", "sha256"] = PlainSettings.digest_algorithm
     """Digest that addresses the blobs of the cache."""
 
+    require_signature: Annotated[Path | None, BeforeValidator(read_folder)] = (
+        PlainSettings.require_signature
+    )
+    """File with the public key, or the certificates, that every model has to be signed with."""
+
     profile: Literal["edge"] | None = PlainSettings.profile
     """Other defaults, for a kind of machine; ``edge`` is one with little memory and a thin line."""
 

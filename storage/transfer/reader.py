@@ -24,10 +24,17 @@ class ObjectReader(io.RawIOBase):
     All bytes come from the version that was there when the file was opened; if it is replaced
     meanwhile, reading raises ``ObjectChangedError``. A request reads on until a seek leaves
     it, so sequential reading is one request. A broken one is repeated from its position.
-    Not for use by several threads at once.
+    Not for use by several threads at once; each may have a :meth:`part` of its own.
     """
 
-    def __init__(self, backend: Backend, info: ObjectInfo, retry: RetryPolicy, where: str) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        info: ObjectInfo,
+        retry: RetryPolicy,
+        where: str,
+        span: ByteRange | None = None,
+    ) -> None:
         """Read the object that ``info`` (of ``backend.stat``) describes.
 
         Args:
@@ -35,19 +42,35 @@ class ObjectReader(io.RawIOBase):
             info: the object; its size must be known.
             retry: how to repeat failed reads.
             where: the object's URI, for messages.
+            span: what of it the file is, and no request goes beyond; all of it when ``None``.
         """
         super().__init__()
         assert info.size is not None
         self.info = info
         self.name = where
         self._backend = backend
-        self._size = info.size
+        self._first, self._end = (0, info.size) if span is None else (span.start, span.end)
         self._retry = retry
-        self._position = 0
+        self._position = self._first
         self._body: Body | None = None
         self._chunks: Iterator[Buffer] = iter(())
         self._body_position = 0
         self._rest = memoryview(b"")
+
+    @property
+    def pins_ranges(self) -> bool:
+        """Whether a range can be read on its own, and only of the version that is open."""
+        capabilities = self._backend.capabilities
+        able = capabilities.ranged_read and capabilities.pinned_read
+        return able and self.info.ranged and self.info.pin is not None
+
+    def part(self, start: int, end: int) -> ObjectReader:
+        """Return bytes ``start`` to ``end`` of the object as a file of their own.
+
+        It is independent of this one, and of the same version.
+        """
+        span = ByteRange(start, end)
+        return ObjectReader(self._backend, self.info, self._retry, self.name, span)
 
     def readable(self) -> bool:
         return True
@@ -56,18 +79,20 @@ class ObjectReader(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._position
+        return self._position - self._first
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"{self.name}: cannot seek to {base + offset}, before the start")
-        self._position = base + offset
-        return self._position
+        bases = {io.SEEK_SET: self._first, io.SEEK_CUR: self._position, io.SEEK_END: self._end}
+        position = bases[whence] + offset
+        if position < self._first:
+            wanted = position - self._first
+            raise ValueError(f"{self.name}: cannot seek to {wanted}, before the start")
+        self._position = position
+        return self.tell()
 
     def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
         view = memoryview(buffer).cast("B")
-        if self._position >= self._size or not view:
+        if self._position >= self._end or not view:
             return 0
         self._retry.run(self._fill, where=self.name)
         count = min(len(view), len(self._rest))
@@ -92,13 +117,13 @@ class ObjectReader(io.RawIOBase):
                     chunk = next(self._chunks, None)
                     if chunk is None:
                         raise TransientError(
-                            f"{self.name}: the body ended at {self._body_position} of {self._size}"
+                            f"{self.name}: the body ended at {self._body_position} of {self._end}"
                         )
                     self._rest = memoryview(chunk).cast("B")
-                    if self._body_position + len(self._rest) > self._size:
+                    if self._body_position + len(self._rest) > self._end:
                         raise TransientError(
-                            f"{self.name}: the store sent more than the {self._size} bytes "
-                            "of the object"
+                            f"{self.name}: the store sent more than was asked for, up to byte "
+                            f"{self._end}"
                         )
                 skipped = min(len(self._rest), self._position - self._body_position)
                 self._rest = self._rest[skipped:]
@@ -112,7 +137,7 @@ class ObjectReader(io.RawIOBase):
         capabilities = self._backend.capabilities
         span = None
         if capabilities.ranged_read and self.info.ranged:
-            span = ByteRange(self._position, self._size)
+            span = ByteRange(self._position, self._end)
         pin = self.info if capabilities.pinned_read and self.info.pin is not None else None
         self._body = self._backend.read(self.info.key, span, pin)
         if self.info.differs_from(self._body.info):

@@ -41,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get("KSERVE_PYTHON"),
         help="interpreter that has kserve-storage (default: $KSERVE_PYTHON, else this one)",
     )
+    for name, peer in (("scaleout", "scaleoututil"), ("arkindex", "arkindex-base-worker")):
+        add(
+            f"--{name}-python",
+            metavar="PATH",
+            default=os.environ.get(f"{name.upper()}_PYTHON"),
+            help=f"interpreter that has {peer} (default: ${name.upper()}_PYTHON, else this one)",
+        )
     add("--work-dir", type=Path, metavar="DIR", help="where to put the data (default: temporary)")
     add("--timeout", type=float, default=300.0, metavar="S", help="seconds for one run")
     add("--seed", type=int, default=1, metavar="N", help="of the random data")
@@ -65,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--rounds: at least 1")
         sizes = replace(sizes, rounds=options.rounds)
 
-    tools = Toolbox(options.kserve_python)
+    tools = Toolbox(options.kserve_python, options.scaleout_python, options.arkindex_python)
     cases = [CASES[name] for name in options.only or CASES]
     invited = [ALL[name] for name in (*options.ours, *options.peers)]
     contestants = [one for one in invited if any(case.takes(one) for case in cases)]
@@ -172,8 +179,9 @@ def _command(options: argparse.Namespace) -> str:
         words += ["--ours", *options.ours]
     if options.seed != 1:
         words += ["--seed", str(options.seed)]
-    if options.kserve_python:
-        words += ["--kserve-python", "PYTHON"]
+    for name in ("kserve", "scaleout", "arkindex"):
+        if getattr(options, f"{name}_python"):
+            words += [f"--{name}-python", "PYTHON"]
     return shlex.join([*words, "--out", "docs/benchmarks.md"])
 
 

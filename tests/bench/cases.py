@@ -1,4 +1,4 @@
-"""What is measured: the transfers, the imports, and the order of their runs."""
+"""What is measured: transfers, containers, imports, and the order of their runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Self
 
 from tests.bench.again import REPEATS, Repeat, Repeats
-from tests.bench.contestants import Contestant, Job, Toolbox
+from tests.bench.containers import WORKS, Containers
+from tests.bench.contestants import Contestant, Job, PythonClient, Toolbox
 from tests.bench.data import Source, Store, check_file, check_tree, make_file, make_tree
 from tests.bench.measure import Command, Measurement, measure
 from tests.servers.nginx import Nginx
@@ -34,6 +35,9 @@ class Sizes:
 
     object_bytes: int = GIB
     files: int = 2000
+    weights_bytes: int = 256 * 1024**2
+    """Weights in a container or an archive."""
+
     rounds: int = 3
     import_rounds: int = 9
     repeat_calls: int = 20
@@ -51,6 +55,7 @@ class Sizes:
         return cls(
             object_bytes=64 * 1024**2,
             files=200,
+            weights_bytes=8 * 1024**2,
             rounds=1,
             import_rounds=2,
             repeat_calls=3,
@@ -65,7 +70,7 @@ class Case:
 
     name: str
     action: str
-    """An action of :class:`Job`, ``again`` or ``import``."""
+    """An action of :class:`Job`, a name of :data:`WORKS`, ``again`` or ``import``."""
 
     warm_up: bool = True
     """Whether it begins with a run of everybody that is discarded."""
@@ -86,6 +91,7 @@ CASES = {
         Case("upload", "upload-object", warm_up=False),
         Case("http", "download-url"),
         Case("again", "again"),
+        *(Case(work, work) for work in WORKS),
         Case("import", "import"),
     )
 }
@@ -162,6 +168,7 @@ class Bench:
         self._tree: Source | None = None
         self._seeded = False
         self._web: Nginx | None = None
+        self._containers: Containers | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -169,6 +176,8 @@ class Bench:
     def __exit__(self, *exc_info: object) -> None:
         if self._web is not None:
             self._web.stop()
+        if self._containers is not None:
+            self._containers.__exit__(*exc_info)
 
     def run(self, case: Case, contestants: Sequence[Contestant]) -> CaseResult:
         """Measure ``case`` for everybody who can do it."""
@@ -177,6 +186,8 @@ class Bench:
         if case.action == "again":
             return self._run_repeats(case, {one.name: one for one in contestants})
         entrants = [one for one in contestants if case.takes(one)]
+        if case.action in WORKS:
+            return self._run_containers(case, entrants)
         source = self._prepare(case)
         size = source.size
         title = {
@@ -299,6 +310,27 @@ class Bench:
         if case.action == "download-tree":
             return check_tree(job.path, source)
         return check_file(job.path, source)
+
+    def _run_containers(self, case: Case, entrants: Sequence[Contestant]) -> CaseResult:
+        if self._containers is None:
+            self.say("preparing the weights")
+            self._containers = Containers(
+                self.scratch / "containers",
+                self.tools,
+                self.sizes.weights_bytes,
+                self.seed,
+                self.timeout,
+            ).__enter__()
+        containers, work = self._containers, WORKS[case.action]
+        by_name = {one.name: one for one in entrants if isinstance(one, PythonClient)}
+
+        def once(name: str, discarded: bool) -> Measurement:
+            return containers.run(work, by_name[name], check=not discarded)
+
+        runs = self._alternate(case, list(by_name), self.sizes.rounds, once)
+        title = work.title.format(_size(containers.weights_size))
+        size = containers.tree_size if case.action == "archive" else containers.weights_size
+        return CaseResult(case.name, title, size, 1, runs)
 
     def _run_repeats(self, case: Case, taking_part: Mapping[str, Contestant]) -> CaseResult:
         ways = {one.name: one for one in REPEATS if one.contestant in taking_part}

@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.bench.data import Server
 from tests.bench.measure import Command
 
-__all__ = ["ALL", "OURS", "PEERS", "Contestant", "Job", "Toolbox"]
+__all__ = ["ALL", "OURS", "PEERS", "Contestant", "Job", "PythonClient", "Toolbox"]
 
 _TRANSFER = Path(__file__).with_name("workers") / "transfer.py"
 
@@ -59,11 +59,24 @@ class Job:
 class Toolbox:
     """The programs and interpreters that contestants are made of."""
 
-    def __init__(self, kserve_python: str | None = None) -> None:
-        """Look for them; ``kserve_python`` is an interpreter that has ``kserve-storage``."""
+    def __init__(
+        self,
+        kserve_python: str | None = None,
+        scaleout_python: str | None = None,
+        arkindex_python: str | None = None,
+    ) -> None:
+        """Look for them.
+
+        Args:
+            kserve_python: an interpreter that has ``kserve-storage``.
+            scaleout_python: one that has ``scaleoututil``.
+            arkindex_python: one that has ``arkindex-base-worker``.
+        """
         self.python = sys.executable
         # abspath, not resolve: the link of a virtual environment must stay the link.
-        self.kserve_python = os.path.abspath(kserve_python) if kserve_python else self.python
+        self.kserve_python = os.path.abspath(kserve_python or self.python)
+        self.scaleout_python = os.path.abspath(scaleout_python or self.python)
+        self.arkindex_python = os.path.abspath(arkindex_python or self.python)
         self.rclone = _program("rclone")
         self.weed = _program("weed")
         self.s5cmd = _s5cmd()
@@ -317,6 +330,40 @@ class KServe(PythonClient):
         return environment
 
 
+class ScaleoutUtil(PythonClient):
+    """The library whose container it is, in an interpreter of its own, as KServe's client."""
+
+    distribution = "scaleoututil"
+    actions = frozenset({"build", "retag", "map"})
+
+    def python(self, tools: Toolbox) -> str:
+        return tools.scaleout_python
+
+    def missing(self, tools: Toolbox) -> str | None:
+        hint = super().missing(tools)
+        return hint and (
+            f"{hint}, in a virtual environment of its own, and give its interpreter by "
+            "--scaleout-python"
+        )
+
+
+class Arkindex(PythonClient):
+    """The library for workers of Arkindex, in an interpreter of its own."""
+
+    distribution = "arkindex-base-worker"
+    actions = frozenset({"archive"})
+
+    def python(self, tools: Toolbox) -> str:
+        return tools.arkindex_python
+
+    def missing(self, tools: Toolbox) -> str | None:
+        hint = super().missing(tools)
+        return hint and (
+            f"{hint}, in a virtual environment of its own, and give its interpreter by "
+            "--arkindex-python"
+        )
+
+
 class HuggingFaceHub(PythonClient):
     """The Hub's own client, whose cache serves what it has fetched before."""
 
@@ -339,6 +386,8 @@ class Ours(PythonClient):
         self.algorithm = algorithm
         if algorithm is not None:
             self.actions = frozenset({"download-object", "download-url"})
+        elif type(self) is Ours:
+            self.actions = Ours.actions | {"build", "retag", "map", "archive"}
 
     def missing(self, tools: Toolbox) -> str | None:
         if importlib.util.find_spec("storage") is None:
@@ -384,5 +433,7 @@ PEERS: tuple[Contestant, ...] = (
     S3fs("s3fs"),
     KServe("kserve-storage"),
     HuggingFaceHub("huggingface_hub"),
+    ScaleoutUtil("scaleoututil"),
+    Arkindex("arkindex-base-worker"),
 )
 ALL = {contestant.name: contestant for contestant in (*OURS, *PEERS)}

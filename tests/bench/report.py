@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.bench.again import REPEATS
 from tests.bench.cases import BARE, BARE_KSERVE, CASES, IMPORTS, CaseResult, Sizes
+from tests.bench.containers import WORKS
 from tests.bench.contestants import ALL
 from tests.bench.measure import Measurement
 from tests.bench.targets import (
@@ -117,15 +118,17 @@ def markdown(session: Session, picture: str) -> str:
     parts = [
         "# Benchmarks",
         "This page is written by `nox -s bench`. Every contestant moves the same data from or "
-        "to the same server on the same machine. Compare the ratios; the seconds are those of "
-        "this machine.",
+        "to the same server on the same machine, or makes the same container or archive there. "
+        "Compare the ratios; the seconds are those of this machine.",
         _targets(session),
         f"![Medians and peak memory of each contestant]({picture})",
         "A bar is a median (of memory: the highest peak), shorter is better, and the lines of "
         "this library are the dark ones.",
     ]
     for name, result in session.results.items():
-        section = {"again": _repeats, "import": _imports}.get(name, _transfers)
+        section = {"again": _repeats, "import": _imports, **dict.fromkeys(WORKS, _containers)}.get(
+            name, _transfers
+        )
         parts.append(section(result))
     parts += [_machine(session), _method(session)]
     return "\n\n".join(parts) + "\n"
@@ -237,6 +240,33 @@ def _repeats(result: CaseResult) -> str:
     return "\n\n".join([text, *filter(None, ["\n".join(faults)])])
 
 
+def _containers(result: CaseResult) -> str:
+    reference = seconds(result, WORKS[result.name].peer)
+    rows: list[list[str]] = []
+    faults: list[str] = []
+    for name, runs in _by_time(result):
+        shown = f"**{name}**" if is_ours(name) else name
+        middle, memory = seconds(result, name), peak(result, name)
+        if middle is None:
+            rows.append([shown, *["-"] * 6])
+            faults.append(_fault(name, runs))
+            continue
+        rows.append(
+            [
+                shown,
+                f"{middle:.3f}",
+                f"{min(run.seconds for run in runs):.3f}",
+                _spread(runs),
+                f"{reference / middle:.1f}" if reference else "-",
+                f"{memory / MIB:.0f}" if memory else "-",
+                f"{len(runs)}",
+            ]
+        )
+    head = ["", "median s", "min s", "spread", "times as fast", "peak MiB", "runs"]
+    text = f"## {result.title}\n\n{_table(head, rows)}"
+    return "\n\n".join([text, *filter(None, ["\n".join(faults)])])
+
+
 def _by_time(result: CaseResult) -> list[tuple[str, Sequence[Measurement]]]:
     return sorted(
         result.runs.items(),
@@ -323,7 +353,16 @@ def _method(session: Session) -> str:
   and one before them that is discarded. *New* process: from its start to its end, in
   {sizes.repeat_rounds} rounds and a discarded one. The S3 server is that of the other cases;
   the Hub is the one of the tests, a server in Python that answers both libraries. What is
-  delivered is compared with the source. Revalidating asks whether the model has changed."""
+  delivered is compared with the source. Revalidating asks whether the model has changed.
+- Containers and archives are made of normally distributed 32-bit floats, archives of text
+  besides. Each library works in an interpreter of its own; timed is the work alone, inside the
+  process, after the same on a tiny model: neither its start, nor imports, nor reading the
+  weights that a container is made of.
+  Building and re-tagging end with a saved file, which nobody syncs to the disk; loading
+  ends when all of one array and a little of each have been used, with `mmap=True` in
+  this library. Each re-tags and loads the container that it built. Before each run the disk is
+  synced; after each run the weights in what was made are compared with the source. *Peak*
+  includes the weights where a process holds them."""
 
 
 def _rare(session: Session) -> str:
@@ -379,7 +418,7 @@ def plot(results: Results) -> str:
             continue
         panels.append((f"{result.title}, seconds", times, "{:.2f}"))
     for name, result in results.items():
-        if name not in ("again", "import"):
+        if name not in ("again", "import", *WORKS):
             peaks = {who: value / MIB for who in result.runs if (value := peak(result, who))}
             panels.append((f"Peak memory: {_lower(result.title)}, MiB", peaks, "{:.0f}"))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from tests.bench.cases import BARE, BARE_KSERVE, IMPORTS, CaseResult
+from tests.bench.containers import ASIDE, WORKS
 from tests.bench.contestants import ALL, PEERS
 from tests.bench.measure import Measurement
 
@@ -96,6 +97,9 @@ def _judge(results: Results) -> list[Verdict]:
         verdicts.append(
             _limit(again, "storage-command, offline", 0.150, "`storage download`, offline")
         )
+    for work in WORKS.values():
+        if result := results.get(work.name):
+            verdicts.append(_speedup(result, "storage", work.peer, work.factor))
     if imports := results.get("import"):
         cost = import_cost(imports, "storage")
         verdicts.append(
@@ -106,7 +110,7 @@ def _judge(results: Results) -> list[Verdict]:
                 None if cost is None else cost <= 0.060,
             )
         )
-    if set(results) - {"import"}:
+    if set(results) - {"import"} - ASIDE:
         verdicts.append(_memory(results))
     return verdicts
 
@@ -129,6 +133,15 @@ def _ratio(
     return Verdict(work, target, found, ratio <= limit)
 
 
+def _speedup(result: CaseResult, name: str, against: str, factor: float) -> Verdict:
+    ours, theirs = seconds(result, name), seconds(result, against)
+    target = f"≥ {factor:g} times as fast as {against}"
+    if ours is None or theirs is None:
+        return Verdict(result.title, target, NOTHING, None)
+    found = f"{theirs / ours:.1f} times ({ours:.3f} s against {theirs:.2f} s)"
+    return Verdict(result.title, target, found, theirs / ours >= factor)
+
+
 def _limit(result: CaseResult, name: str, limit: float, remark: str) -> Verdict:
     found = seconds(result, name)
     return Verdict(
@@ -143,6 +156,7 @@ def _memory(results: Results) -> Verdict:
     peaks = [
         (value, name, result.title)
         for result in results.values()
+        if result.name not in ASIDE
         for name in result.runs
         if is_ours(name) and (value := peak(result, name)) is not None
     ]

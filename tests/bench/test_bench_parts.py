@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import sys
+import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
+import zstandard
 
 from tests.bench.again import REPEATS, Repeats
 from tests.bench.cases import CASES, Bench, CaseResult, Sizes
+from tests.bench.containers import Containers
 from tests.bench.contestants import OURS, Contestant, Job, Toolbox
 from tests.bench.data import Server, Source, Store, check_file, check_tree, make_file, make_tree
 from tests.bench.measure import Command, Measurement, measure
@@ -241,6 +248,70 @@ def test_a_second_download_has_a_target_in_milliseconds(ours: float, met: bool) 
     in_process, cold, _ = judge({"again": again})
     assert (in_process.met, cold.met) == (met, True)
     assert in_process.found == f"{ours * 1000:g} ms"
+
+
+@pytest.mark.parametrize(("ours", "met"), [(0.3, True), (0.31, False)])
+def test_a_container_has_a_target_in_times_as_fast(ours: float, met: bool) -> None:
+    verdict, _ = judge({"retag": result("retag", storage=run(ours), scaleoututil=run(15))})
+    assert verdict.met is met
+    assert verdict.found.startswith(f"{15 / ours:.1f} times")
+
+
+def test_the_memory_of_a_process_that_holds_the_weights_is_not_judged() -> None:
+    build = result("build", storage=run(1, 900 * MIB), scaleoututil=run(60))
+    (verdict,) = judge({"build": build})
+    assert verdict.met is True
+    assert judge({"build": build, "retag": result("retag", storage=run(1, 90 * MIB))})[-1].met
+
+
+def write_container(path: Path, weights: list[np.ndarray], **metadata: str) -> None:
+    """Make a container with what every Python has."""
+    arrays = io.BytesIO()
+    np.savez(arrays, *(), **{str(index): array for index, array in enumerate(weights)})
+    with zipfile.ZipFile(path, "w") as container:
+        container.writestr("metadata.json", json.dumps(metadata))
+        container.writestr("training_model.bin", arrays.getvalue())
+
+
+def test_a_container_with_other_weights_or_without_its_tag_does_not_count(tmp_path: Path) -> None:
+    containers = Containers(tmp_path / "scratch", Toolbox(), 2 * MIB, 1, 60)
+    target = tmp_path / "target"
+    with containers:
+        weights = np.fromfile(tmp_path / "scratch/tree/weights.bin", "<f4").reshape(8, -1)
+        write_container(target, list(weights), tag="v2")
+        assert containers._check("build", target) is None
+        assert containers._check("retag", target) is None
+        write_container(target, list(weights))
+        assert containers._check("retag", target) == "no tag in the metadata"
+        weights[3, 5] += 1
+        write_container(target, list(weights))
+        assert containers._check("build", target) == "other weights"
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_an_archive_that_lacks_a_file_does_not_count(tmp_path: Path) -> None:
+    containers = Containers(tmp_path / "scratch", Toolbox(), 2 * MIB, 1, 60)
+    target = tmp_path / "target"
+    with containers:
+        files = sorted((tmp_path / "scratch/tree").iterdir())
+        for left_out in (0, 1):
+            with (
+                open(target, "wb") as file,
+                zstandard.ZstdCompressor().stream_writer(file) as stream,
+                tarfile.open(fileobj=stream, mode="w|") as tar,
+            ):
+                for path in files[left_out:]:
+                    tar.add(path, path.name)
+            fault = containers._check("archive", target)
+            assert fault is None if left_out == 0 else "or these with other bytes" in str(fault)
+
+
+def test_the_page_tells_how_many_times_as_fast_a_container_is() -> None:
+    results = {"build": result("build", storage=run(0.25), scaleoututil=run(15))}
+    machine = Machine("some", 2, 2**30, "some", (0.0, 0.0))
+    page = markdown(Session("2026-01-02", "bench", Sizes(), 1, machine, {}, results), "x.svg")
+    assert "| **storage** | 0.250 | 0.250 | - | 60.0 | 50 | 1 |" in page
+    assert "| scaleoututil | 15.000 | 15.000 | - | 1.0 | 50 | 1 |" in page
 
 
 def test_the_page_tells_of_second_downloads_and_of_those_that_ran_once() -> None:

@@ -21,7 +21,9 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_quick_run_measures_everybody_and_writes_the_page(tmp_path: Path) -> None:
-    tools = Toolbox(os.environ.get("KSERVE_PYTHON"))
+    tools = Toolbox(
+        *(os.environ.get(name) for name in ("KSERVE_PYTHON", "SCALEOUT_PYTHON", "ARKINDEX_PYTHON"))
+    )
     peers = [peer.name for peer in PEERS if peer.missing(tools) is None]
     page, raw = tmp_path / "benchmarks.md", tmp_path / "raw.json"
     argv = [sys.executable, "-m", "tests.bench", "--quick", "--date", "2026-01-02"]

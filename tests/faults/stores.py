@@ -47,6 +47,7 @@ class Site(ABC):
         blind: faults of an upload that nobody can see, and why.
         undoes: whether an object that arrived damaged never appears at the target.
         patience: stall timeouts that the answer to a request may take.
+        proxies: those of the latest place.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Site(ABC):
     def __init__(self, *targets: str) -> None:
         """Know the server's URLs; a transfer gets a proxy before each of them."""
         self._targets = targets
+        self.proxies: list[FaultProxy] = []
 
     @contextmanager
     def place(
@@ -75,6 +77,7 @@ class Site(ABC):
                 stack.enter_context(FaultProxy(target, script, on_change=change, store=self.store))
                 for target in self._targets
             ]
+            self.proxies = proxies
             yield self._place(*(proxy.endpoint for proxy in proxies))
 
     @abstractmethod

@@ -116,6 +116,39 @@ def test_reads_and_seeks_give_what_a_file_gives(
         assert backend.closed == len(backend.requests)
 
 
+@settings(max_examples=200)
+@given(
+    bounds=st.tuples(st.integers(0, 300), st.integers(0, 300)).map(sorted),
+    moves=st.lists(MOVES, max_size=20),
+    failing=st.frozensets(st.integers(1, 60), max_size=20),
+)
+def test_a_part_is_a_file_of_its_own_and_asks_for_nothing_else(
+    bounds: list[int], moves: list[tuple[str, int]], failing: frozenset[int]
+) -> None:
+    start, end = bounds
+    data = random.Random(7).randbytes(300)
+    with memory_bucket({"k": data}) as memory:
+        backend = Flaky(memory, 9, failing)
+        with ObjectReader(backend, memory.stat("k"), PATIENT, WHERE) as whole:
+            assert whole.pins_ranges
+            whole.seek(5)
+            with whole.part(start, end) as part:
+                model = io.BytesIO(data[start:end])
+                for kind, amount in moves:
+                    _compare(part, model, kind, amount)
+            assert whole.tell() == 5
+        assert all(span and start <= span.start < span.end == end for span in backend.requests)
+        assert backend.closed == len(backend.requests)
+
+
+def test_a_part_is_of_the_version_that_was_opened() -> None:
+    with memory_bucket({"k": b"a" * 1000}) as memory:
+        file = ObjectReader(memory, memory.stat("k"), FAST, WHERE)
+        memory.write("k", bytes_payload(b"b" * 1000))
+        with file, file.part(10, 20) as part, pytest.raises(ObjectChangedError):
+            part.read(10)
+
+
 def _compare(file: io.RawIOBase | io.BufferedReader, model: io.BytesIO, kind: str, n: int) -> None:
     if kind == "read":
         position = model.tell()
@@ -233,6 +266,7 @@ def test_an_object_replaced_in_a_store_that_cannot_pin_is_noticed_by_its_answer(
     with memory_bucket({"k": b"a" * 1000}) as memory:
         backend = Deaf(memory, 10)
         with ObjectReader(backend, memory.stat("k"), FAST, WHERE) as file:
+            assert not file.pins_ranges
             file.read(10)
             memory.write("k", bytes_payload(b"b" * 1000))
             file.seek(0)
