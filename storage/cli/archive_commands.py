@@ -102,7 +102,7 @@ _TABLE: CommandTable = {
 
 
 def _create(args: argparse.Namespace, output: Output) -> None:
-    from storage.container.create import LEVEL, SUFFIX, create_archive
+    from storage.container.archives.create import LEVEL, SUFFIX, create_archive
 
     name = os.path.basename(os.path.abspath(args.folder)) or "archive"
     archive = create_archive(
@@ -130,8 +130,8 @@ def _extract(args: argparse.Namespace, output: Output) -> None:
     if "://" in args.archive:
         path = _extract_stored(args, output)
     else:
-        from storage.container.extract import extract_archive
-        from storage.container.extraction import ExtractionLimits
+        from storage.container.archives.extract import extract_archive
+        from storage.container.archives.extraction import ExtractionLimits
 
         given = {field: getattr(args, name) for name, field in _LIMITS.items()}
         limits = {field: value for field, value in given.items() if value is not None}

@@ -15,7 +15,7 @@ from storage.cli.output import Output, human_size, new_file
 from storage.client import StorageClient
 from storage.container import ModelContainer, ModelContainerBuilder, get_helper
 from storage.container.entries import STORED
-from storage.container.signing import (
+from storage.container.signatures.signing import (
     is_ed25519,
     load_private_key,
     load_public_key,
@@ -233,7 +233,7 @@ def _sign(client: StorageClient, args: Namespace, output: Output) -> None:
         password = lines.split(b"\n", 1)[0].removesuffix(b"\r")
     key = load_private_key(args.key, password)
     if args.certificate is not None or not is_ed25519(key):
-        from storage.container.bundles import sign_tree
+        from storage.container.signatures.bundles import sign_tree
 
         if args.signer is not None:
             raise InvalidInput(
@@ -269,7 +269,7 @@ def _sign(client: StorageClient, args: Namespace, output: Output) -> None:
 def _verify(client: StorageClient, args: Namespace, output: Output) -> None:
     key = None if args.key is None else load_public_key(args.key)
     if key is None or not is_ed25519(key):
-        from storage.container.bundles import verify_tree
+        from storage.container.signatures.bundles import verify_tree
 
         path = _here(client, args)
         verify_tree(

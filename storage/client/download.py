@@ -247,7 +247,7 @@ class Download:
         """Verify the signature of what the cache has, before it is handed over."""
         if self._verification is None or self.unpack:
             return
-        from storage.container.signed_files import LocalFile
+        from storage.container.signatures.signed_files import LocalFile
 
         for algorithm in self._verification.algorithms:
             manifest = cached.with_digests(manifest, algorithm)
@@ -368,7 +368,7 @@ class Download:
             if plan.is_tree:
                 self._check_tree(digests)
             if self._verification is not None:
-                from storage.container.signed_files import LocalFile
+                from storage.container.signatures.signed_files import LocalFile
 
                 self._verification.check(
                     plan.is_tree,
@@ -431,7 +431,7 @@ class Download:
 
     def extract(self, archive: str, folder: str) -> None:
         """Unpack the archive that the source is."""
-        from storage.container.extract import extract_into
+        from storage.container.archives.extract import extract_into
 
         with translate_os_errors(folder):
             extract_into(archive, folder)

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Literal, Self
 from urllib.parse import urlsplit
 
 from storage.client.download import Download, DownloadOptions
-from storage.container.bundle_verify import (
+from storage.container.signatures.bundle_verify import (
     MAX_BUNDLE,
     Trust,
     pem_of,
     read_certificates,
     verify_bundle,
 )
-from storage.container.bundles import SIGNATURE_NAME
-from storage.container.signed_files import SINGLE, LocalFile, SignedFiles, local_files
-from storage.container.signing import (
+from storage.container.signatures.bundles import SIGNATURE_NAME
+from storage.container.signatures.signed_files import SINGLE, LocalFile, SignedFiles, local_files
+from storage.container.signatures.signing import (
     KeySource,
     is_ed25519,
     load_public_key,
@@ -40,7 +40,7 @@ from storage.errors import (
 from storage.uri import Location, parse_uri
 
 if TYPE_CHECKING:
-    from storage.container.signing import PublicKey
+    from storage.container.signatures.signing import PublicKey
     from storage.transfer.plan import Plan
 
 __all__ = ["RequireSignature", "SignaturePolicy", "Verification"]

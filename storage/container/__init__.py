@@ -14,35 +14,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from storage.container.archives.create import Archive, create_archive
+    from storage.container.archives.extract import ExtractionLimits, extract_archive
     from storage.container.builder import ModelContainerBuilder
-    from storage.container.bundles import sign_tree, verify_tree
-    from storage.container.create import Archive, create_archive
-    from storage.container.extract import ExtractionLimits, extract_archive
     from storage.container.filechunks import FileChunk
-    from storage.container.helpers import (
+    from storage.container.model import ModelContainer
+    from storage.container.signatures.bundles import sign_tree, verify_tree
+    from storage.container.weights.helpers import (
         BinaryHelper,
         Helper,
         NumpyHelper,
         SafetensorsHelper,
         get_helper,
     )
-    from storage.container.model import ModelContainer
 
 _HOME = {
-    "Archive": "create",
-    "BinaryHelper": "helpers",
-    "ExtractionLimits": "extract",
+    "Archive": "archives.create",
+    "BinaryHelper": "weights.helpers",
+    "ExtractionLimits": "archives.extract",
     "FileChunk": "filechunks",
-    "Helper": "helpers",
+    "Helper": "weights.helpers",
     "ModelContainer": "model",
     "ModelContainerBuilder": "builder",
-    "NumpyHelper": "helpers",
-    "SafetensorsHelper": "helpers",
-    "create_archive": "create",
-    "extract_archive": "extract",
-    "get_helper": "helpers",
-    "sign_tree": "bundles",
-    "verify_tree": "bundles",
+    "NumpyHelper": "weights.helpers",
+    "SafetensorsHelper": "weights.helpers",
+    "create_archive": "archives.create",
+    "extract_archive": "archives.extract",
+    "get_helper": "weights.helpers",
+    "sign_tree": "signatures.bundles",
+    "verify_tree": "signatures.bundles",
 }
 
 __all__ = [

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from storage.container.entries import read_directory
 from storage.container.filechunks import filechunk_data
-from storage.container.helpers import NumpyHelper, get_helper
 from storage.container.loading import TEMPORARY, Contents, blocks_of, read_contents, spool
 from storage.container.metadata import (
     FILES,
@@ -28,14 +27,15 @@ from storage.container.metadata import (
 )
 from storage.container.model import ModelContainer
 from storage.container.stored import LocalSource, discard, unnamed_file
+from storage.container.weights.helpers import NumpyHelper, get_helper
 from storage.container.zipped import ZipWriter
 from storage.errors import InvalidInput
 from storage.files import translate_os_errors
 
 if TYPE_CHECKING:
     from storage import StorageClient, StorageConfig
-    from storage.container.helpers import Helper
     from storage.container.source import Source
+    from storage.container.weights.helpers import Helper
 
 __all__ = ["ModelContainerBuilder"]
 

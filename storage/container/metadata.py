@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import InvalidInput, one_line
 
 if TYPE_CHECKING:
-    from storage.container.helpers import Helper
+    from storage.container.weights.helpers import Helper
 
 __all__ = [
     "FILES",

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from storage.container.entries import open_entry
 from storage.container.filechunks import CHUNK_SIZE, FileChunk, to_filechunks
 from storage.container.held import Held
-from storage.container.helpers import NumpyHelper, get_helper
 from storage.container.loading import Contents, is_container
 from storage.container.metadata import FILES, INFERENCE_MODEL, TRAINING_MODEL, helper_name
 from storage.container.stored import publish
+from storage.container.weights.helpers import NumpyHelper, get_helper
 from storage.digest import hash_file
 from storage.errors import InvalidInput, ModelMissingError, one_line
 from storage.files import shown
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from storage import StorageClient, StorageConfig
     from storage.container.builder import ModelContainerBuilder
     from storage.container.entries import Entry
-    from storage.container.helpers import Helper
     from storage.container.source import Source
+    from storage.container.weights.helpers import Helper
 
 __all__ = ["ModelContainer"]
 
@@ -430,7 +430,7 @@ class ModelContainer(Held):
         Raises:
             InvalidInput: it is no such key, or there are entries that the format does not know.
         """
-        from storage.container.signing import sign_hash
+        from storage.container.signatures.signing import sign_hash
 
         return {"model_id": self.model_id, **sign_hash(self._hash(), private_key, signer_id)}
 
@@ -445,7 +445,7 @@ class ModelContainer(Held):
         Raises:
             InvalidInput: it is no such key, or there are entries that the format does not know.
         """
-        from storage.container.signing import verify_hash
+        from storage.container.signatures.signing import verify_hash
 
         return verify_hash(self._hash(), public_key, signature)
 
@@ -478,7 +478,7 @@ class ModelContainer(Held):
         return None if name is None else get_helper(name)
 
     def _hash(self) -> bytes:
-        from storage.container.signing import check_names, entries_hash
+        from storage.container.signatures.signing import check_names, entries_hash
 
         with contextlib.closing(self._duplicate()) as source:
             check_names(source.name, self._contents.entries)

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage import InvalidInput, ModelMissingError, SignatureError
-from storage.container.bundle_verify import MAX_BUNDLE, Trust, verify_bundle
-from storage.container.bundles import sign_tree, verify_tree
-from storage.container.signed_files import SINGLE, LocalFile, SignedFiles, SignedPart
+from storage.container.signatures.bundle_verify import MAX_BUNDLE, Trust, verify_bundle
+from storage.container.signatures.bundles import sign_tree, verify_tree
+from storage.container.signatures.signed_files import SINGLE, LocalFile, SignedFiles, SignedPart
 from tests.container.signing_keys import KeyPair, certificates, key_pair
 
 ROUNDS = 2000 if os.environ.get("STORAGE_SOAK") else 200
@@ -546,7 +546,7 @@ def watch(event, args):
     if event == "open" and isinstance(args[0], str) and args[2] & 3:
         written.append(args[0])
 sys.addaudithook(watch)
-from storage.container.bundles import sign_tree, verify_tree
+from storage.container.signatures.bundles import sign_tree, verify_tree
 sign_tree({str(work)!r}, key={str(keys.private)!r})
 verify_tree({str(work)!r}, key={str(keys.public)!r})
 sign_tree({str(work)!r}, key={str(made.key)!r}, certificate={str(made.leaf)!r},

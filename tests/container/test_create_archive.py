@@ -18,11 +18,11 @@ import pytest
 import zstandard
 
 from storage import IntegrityError, InvalidInput
-from storage.container import create
-from storage.container.create import create_archive
-from storage.container.extract import extract_archive
-from storage.container.tar_headers import member_header
-from storage.container.zstd import Compressor, open_zstd
+from storage.container.archives import create
+from storage.container.archives.create import create_archive
+from storage.container.archives.extract import extract_archive
+from storage.container.archives.tar_headers import member_header
+from storage.container.archives.zstd import Compressor, open_zstd
 
 FILES = {
     "weights.bin": random.Random(1).randbytes(3_000_001),
@@ -303,7 +303,7 @@ def test_what_may_not_be_read_is_named(tree: Path, tmp_path: Path) -> None:
     (tree / "a.txt").chmod(0)
     script = (
         "import sys\nfrom storage import InvalidInput\n"
-        "from storage.container.create import create_archive\n"
+        "from storage.container.archives.create import create_archive\n"
         "try:\n    create_archive(*sys.argv[1:])\nexcept InvalidInput as exc:\n    print(exc)\n"
     )
     command = [sys.executable, "-c", script, str(tree), str(tmp_path / "m.tar.zst")]
@@ -407,7 +407,7 @@ def test_a_temporary_archive_goes_with_its_owner(tree: Path, tmp_path: Path) -> 
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     script = (
-        "import os\nfrom storage.container.create import create_archive\n"
+        "import os\nfrom storage.container.archives.create import create_archive\n"
         f"made = create_archive({str(tree)!r})\n"
         f"assert os.listdir({str(temporary)!r}) == [made.path.name]\n"
         "assert made.path.stat().st_mode & 0o077 == 0\n"
@@ -441,8 +441,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
             file.seek(at)
             file.write(random.Random(at).randbytes(2**22))
     script = (
-        "from storage.container.create import create_archive\n"
-        "from storage.container.extract import extract_archive, ExtractionLimits\n"
+        "from storage.container.archives.create import create_archive\n"
+        "from storage.container.archives.extract import extract_archive, ExtractionLimits\n"
         f"made = create_archive({str(tree)!r}, digests=('blake3',))\n"
         f"extract_archive(made.path, {str(tmp_path / 'out')!r})\n"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"

@@ -21,7 +21,7 @@ import pytest
 import zstandard
 
 from storage import DestinationError, InvalidInput, ObjectExistsError
-from storage.container.extract import extract_archive
+from storage.container.archives.extract import extract_archive
 
 DATA = random.Random(1).randbytes(300_000)
 FILES = {"a/model.bin": DATA, "empty": b"", "é/ß": b"text", "run": b"#!"}
@@ -269,7 +269,7 @@ def test_what_a_killed_extraction_left_goes_with_the_next_one(
     archive: Path, tmp_path: Path
 ) -> None:
     script = (
-        "import sys\nfrom storage.container import extract\n"
+        "import sys\nfrom storage.container.archives import extract\n"
         "def wait(archive, folder, limits):\n"
         "    open(folder + '/half', 'w').close()\n    print(flush=True)\n    sys.stdin.read()\n"
         "extract.extract_into = wait\nextract.extract_archive(*sys.argv[1:])\n"

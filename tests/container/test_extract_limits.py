@@ -21,8 +21,8 @@ import pytest
 import zstandard
 
 from storage import InvalidInput
-from storage.container import extract
-from storage.container.extract import ExtractionLimits, extract_archive
+from storage.container.archives import extract
+from storage.container.archives.extract import ExtractionLimits, extract_archive
 from tests.container.test_extract import tar, zip_of
 
 SOAK = 10 if os.environ.get("STORAGE_SOAK") == "1" else 1
@@ -382,7 +382,7 @@ def test_headers_cost_no_memory(tmp_path: Path, kind: str) -> None:
             data += b"".join(compressor.compress(b"9" * 2**24) for _ in range(size >> 24))
         path.write_bytes(data + compressor.flush())
     script = (
-        "import sys\nfrom storage.container.extract import extract_archive\n"
+        "import sys\nfrom storage.container.archives.extract import extract_archive\n"
         "try:\n    extract_archive(sys.argv[1], sys.argv[2])\nexcept ValueError as exc:\n"
         "    print(exc, file=sys.stderr)\n"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"

@@ -41,9 +41,9 @@ from storage.container import (
     SafetensorsHelper,
     extract_archive,
 )
-from storage.container.bundles import sign_tree, verify_tree
 from storage.container.entries import open_entry, read_directory
-from storage.container.signing import read_signature, verify_container
+from storage.container.signatures.bundles import sign_tree, verify_tree
+from storage.container.signatures.signing import read_signature, verify_container
 from storage.container.stored import LocalSource
 from storage.errors import InvalidInput, SignatureError, StorageError
 from tests.container.fuzzing import (

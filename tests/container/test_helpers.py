@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.container.helpers import (
+from storage.container.weights.helpers import (
     BinaryHelper,
     Helper,
     NumpyHelper,

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from storage import IntegrityError, InvalidInput
 from storage.container import ModelContainer
-from storage.container.signing import (
+from storage.container.signatures.signing import (
     entries_hash,
     is_ed25519,
     load_private_key,

@@ -25,8 +25,8 @@ from storage import (
     Storage,
     StorageError,
 )
-from storage.container.extract import extract_into
-from storage.container.extraction import ExtractionLimits
+from storage.container.archives.extract import extract_into
+from storage.container.archives.extraction import ExtractionLimits
 from tests.facade.stores import Store, cached_content, tree_bytes
 
 FILES = {

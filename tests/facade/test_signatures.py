@@ -30,9 +30,9 @@ from storage import (
 )
 from storage.cli import main
 from storage.config import load_settings
-from storage.container.bundle_verify import MAX_BUNDLE
-from storage.container.bundles import sign_tree
-from storage.container.signing import sign_hash
+from storage.container.signatures.bundle_verify import MAX_BUNDLE
+from storage.container.signatures.bundles import sign_tree
+from storage.container.signatures.signing import sign_hash
 from tests.container.signing_keys import KeyPair, certificates, key_pair
 from tests.facade.stores import MemoryStore, Store, tree_bytes
 from tests.servers.mounts import small_disk

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from storage.container.signed_files import SignedFiles, SignedPart
-from storage.container.signing import need_cryptography, read_small
+from storage.container.signatures.signed_files import SignedFiles, SignedPart
+from storage.container.signatures.signing import need_cryptography, read_small
 from storage.errors import (
     ConfigurationError,
     InvalidInput,
@@ -26,7 +26,7 @@ from storage.errors import (
 from storage.files import shown
 
 if TYPE_CHECKING:
-    from storage.container.signing import PublicKey
+    from storage.container.signatures.signing import PublicKey
 
 __all__ = [
     "MAX_BUNDLE",

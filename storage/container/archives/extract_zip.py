@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from storage.container.extraction import DamageError, Extraction, quoted
+from storage.container.archives.extraction import DamageError, Extraction, quoted
 
 __all__ = ["ends_as_zip", "extract_zip"]
 

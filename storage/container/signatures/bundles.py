@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from storage.container.bundle_verify import (
+from storage.container.signatures.bundle_verify import (
     MAX_BUNDLE,
     Trust,
     package,
@@ -27,8 +27,8 @@ from storage.container.bundle_verify import (
     served,
     verify_bundle,
 )
-from storage.container.signed_files import local_files
-from storage.container.signing import (
+from storage.container.signatures.signed_files import local_files
+from storage.container.signatures.signing import (
     KeySource,
     is_ed25519,
     load_private_key,

@@ -17,8 +17,14 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from storage.container.arrays import array_bytes, array_list, from_buffer, import_numpy, mapped
 from storage.container.entries import Entry, data_offset, open_entry, read_directory
+from storage.container.weights.arrays import (
+    array_bytes,
+    array_list,
+    from_buffer,
+    import_numpy,
+    mapped,
+)
 from storage.container.zipped import ZipWriter
 from storage.errors import InvalidInput, few, one_line
 

@@ -2,9 +2,9 @@
 
 Refused: absolute names and ``..``, links that lead out of the folder, devices and pipes,
 encrypted entries, and archives that look like a bomb
-(:class:`~storage.container.extraction.ExtractionLimits`). Refused as damaged: what does not end
-with the mark of its format, or fails its checksum. Modes keep the executable bit and lose all
-else.
+(:class:`~storage.container.archives.extraction.ExtractionLimits`). Refused as damaged: what does
+not end with the mark of its format, or fails its checksum. Modes keep the executable bit and lose
+all else.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from storage.container.extract_tar import Stream, extract_tar, is_tar
-from storage.container.extract_zip import ends_as_zip, extract_zip
-from storage.container.extraction import DamageError, Extraction, ExtractionLimits
-from storage.container.zstd import is_zstd, open_zstd, zstandard_error
+from storage.container.archives.extract_tar import Stream, extract_tar, is_tar
+from storage.container.archives.extract_zip import ends_as_zip, extract_zip
+from storage.container.archives.extraction import DamageError, Extraction, ExtractionLimits
+from storage.container.archives.zstd import is_zstd, open_zstd, zstandard_error
 from storage.errors import DestinationError, InvalidInput, ObjectExistsError, one_line
 from storage.files import (
     exchange,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Protocol
 
-from storage.container.extraction import DamageError, Extraction, quoted
+from storage.container.archives.extraction import DamageError, Extraction, quoted
 
 __all__ = ["Stream", "extract_tar", "is_tar"]
 

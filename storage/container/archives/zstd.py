@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from storage.container.extraction import DamageError
+from storage.container.archives.extraction import DamageError
 from storage.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, runtime_checkable
 
-from storage.container.arrays import (
+from storage.container.weights.arrays import (
     array_bytes,
     array_list,
     from_buffer,
@@ -83,7 +83,7 @@ class NumpyHelper:
             InvalidInput: it is something else (a mapping, objects, masked arrays), or has a
                 type that NPZ cannot keep, such as ``bfloat16``.
         """
-        from storage.container.npz import save_npz
+        from storage.container.weights.npz import save_npz
 
         save_npz(params, stream)
 
@@ -98,7 +98,7 @@ class NumpyHelper:
             InvalidInput: it is no such file, is damaged, or becomes larger than it may.
             IntegrityError: an array does not have its checksum.
         """
-        from storage.container.npz import load_npz
+        from storage.container.weights.npz import load_npz
 
         return load_npz(stream, self.limit)
 
@@ -167,7 +167,7 @@ class SafetensorsHelper:
         Raises:
             InvalidInput: it is something else, or holds what the format cannot keep.
         """
-        from storage.container.tensors import save_safetensors
+        from storage.container.weights.tensors import save_safetensors
 
         save_safetensors(params, stream)
 
@@ -178,7 +178,7 @@ class SafetensorsHelper:
             InvalidInput: it is no such file, or damaged.
             UnsupportedOperation: it has numbers of a type that numpy lacks.
         """
-        from storage.container.tensors import load_safetensors
+        from storage.container.weights.tensors import load_safetensors
 
         return load_safetensors(stream)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from storage.container.arrays import (
+from storage.container.weights.arrays import (
     array_bytes,
     as_array,
     from_buffer,

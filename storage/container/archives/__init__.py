@@ -1,0 +1,1 @@
+"""Archives: a folder as one file, and back, safely."""
