@@ -168,6 +168,15 @@ class Example:
         """Return every content that an object has had."""
         return [self._put[path], *self.faulty.replaced.get(self.key(path), ())]
 
+    def was_written(self, path: str, data: bytes) -> bool:
+        """Tell whether ``data``, or what somebody put in its place afterwards, is all there is.
+
+        A write whose answer was lost is recognised by its bytes, and the object may be replaced
+        when the last of them has been read.
+        """
+        contents = (data, *self.faulty.replaced.get(self.key(path), ()))
+        return self.stored() in [{path: content} for content in contents]
+
     def stored(self) -> dict[str, bytes]:
         """Return what is below the prefix, read around the faults."""
         found = {}
