@@ -169,13 +169,16 @@ class Example:
         return [self._put[path], *self.faulty.replaced.get(self.key(path), ())]
 
     def was_written(self, path: str, data: bytes) -> bool:
-        """Tell whether ``data``, or what somebody put in its place afterwards, is all there is.
+        """Tell whether ``data``, or what somebody made of it afterwards, is all there is.
 
         A write whose answer was lost is recognised by its bytes, and the object may be replaced
-        when the last of them has been read.
+        or removed when the last of them has been read.
         """
+        found = self.stored()
+        if not found:
+            return any(kind == "vanish" for _, _, kind in self.faulty.happened)
         contents = (data, *self.faulty.replaced.get(self.key(path), ()))
-        return self.stored() in [{path: content} for content in contents]
+        return found in [{path: content} for content in contents]
 
     def stored(self) -> dict[str, bytes]:
         """Return what is below the prefix, read around the faults."""
