@@ -176,7 +176,7 @@ class Example:
         """
         found = self.stored()
         if not found:
-            return any(kind == "vanish" for _, _, kind in self.faulty.happened)
+            return ("read", self.key(path), "vanish") in self.faulty.happened
         contents = (data, *self.faulty.replaced.get(self.key(path), ()))
         return found in [{path: content} for content in contents]
 
