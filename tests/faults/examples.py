@@ -168,6 +168,18 @@ class Example:
         """Return every content that an object has had."""
         return [self._put[path], *self.faulty.replaced.get(self.key(path), ())]
 
+    def was_written(self, path: str, data: bytes) -> bool:
+        """Tell whether ``data``, or what somebody made of it afterwards, is all there is.
+
+        A write whose answer was lost is recognised by its bytes, and the object may be replaced
+        or removed when the last of them has been read.
+        """
+        found = self.stored()
+        if not found:
+            return ("read", self.key(path), "vanish") in self.faulty.happened
+        contents = (data, *self.faulty.replaced.get(self.key(path), ()))
+        return found in [{path: content} for content in contents]
+
     def stored(self) -> dict[str, bytes]:
         """Return what is below the prefix, read around the faults."""
         found = {}
