@@ -102,12 +102,13 @@ _TABLE: CommandTable = {
 
 
 def _create(args: argparse.Namespace, output: Output) -> None:
-    from storage.container.archives.create import LEVEL, SUFFIX, create_archive
+    from storage.container.archives.create import DIGESTS, LEVEL, SUFFIX, create_archive
 
     name = os.path.basename(os.path.abspath(args.folder)) or "archive"
     archive = create_archive(
         args.folder,
         args.archive or name + SUFFIX,
+        digests=DIGESTS,
         level=LEVEL if args.level is None else args.level,
     )
     document: dict[str, Any] = {

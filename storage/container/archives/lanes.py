@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
 
-__all__ = ["PIECE", "Lanes"]
+__all__ = ["PIECE", "Lanes", "Take", "usable_cores"]
 
-PIECE = 512 * 1024
-"""Bytes that are handed over at once, at least."""
+PIECE = 2 * 1024 * 1024
+"""Bytes that are handed over at once, at least. Every time costs a change of threads."""
 
 # What waits for one thread: so many pieces, or as many small ones as make a piece together.
-_WAITING = 8
+_WAITING = 4
+
+Take = Callable[[Sequence[bytes | memoryview]], object]
+"""Takes pieces that follow one another."""
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 class _Lane:
     """A thread that takes pieces in their order; those who give them wait if it is behind."""
 
-    def __init__(self, take: Callable[[bytes | memoryview], object]) -> None:
+    def __init__(self, take: Take) -> None:
         self._take = take
         self._given: queue.Queue[Sequence[bytes | memoryview] | None] = queue.Queue(_WAITING)
         self._error: BaseException | None = None
@@ -43,8 +52,8 @@ class _Lane:
         while (pieces := self._given.get()) is not None:
             try:
                 # After a failure the rest is only taken off, so that nobody waits for ever.
-                for piece in pieces if self._error is None else ():
-                    self._take(piece)
+                if self._error is None:
+                    self._take(pieces)
             except BaseException as exc:  # noqa: BLE001 -- raised again by whoever gives
                 self._error = exc
 
@@ -52,7 +61,7 @@ class _Lane:
 class Lanes:
     """Several of them, each for all pieces; small pieces go together."""
 
-    def __init__(self, *takes: Callable[[bytes | memoryview], object]) -> None:
+    def __init__(self, *takes: Take) -> None:
         """Start a thread for each of ``takes``, which get all pieces in their order."""
         self._lanes = [_Lane(take) for take in takes]
         self._pieces: list[bytes | memoryview] = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from storage.container.archives.extraction import DamageError
+from storage.container.archives.lanes import usable_cores
 from storage.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _MAX_HEADER = 18
 _MAX_WORKERS = 8
 
 _UNIT = 1024 * 1024
-_SAMPLES = 8
+_SAMPLES = 4
 _SAMPLE = 8 * 1024
 _SAMPLE_LEVEL = 1
 _WORTH = 0.9
@@ -94,7 +95,7 @@ class Compressor:
         """
         zstandard = _zstandard()
         # Never none: without a worker zstd cuts the data at other places.
-        workers = min(threads or len(os.sched_getaffinity(0)), _MAX_WORKERS)
+        workers = min(threads or usable_cores(), _MAX_WORKERS)
         parameters = zstandard.ZstdCompressionParameters.from_level(
             level, threads=max(1, workers), write_checksum=True
         )
@@ -107,16 +108,17 @@ class Compressor:
         self._frame: Any = None
         self._storing = self._begun = False
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, pieces: Iterable[bytes | memoryview]) -> None:
         """Take the next bytes, which do not change any more."""
-        view = memoryview(data)
-        while view:
-            part = view[: _UNIT - self._size]
-            self._unit.append(part)
-            self._size += len(part)
-            view = view[len(part) :]
-            if self._size == _UNIT:
-                self._end_unit()
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                part = view[: _UNIT - self._size]
+                self._unit.append(part)
+                self._size += len(part)
+                view = view[len(part) :]
+                if self._size == _UNIT:
+                    self._end_unit()
 
     def close(self) -> None:
         """End the last frame. A stream without bytes is a frame without bytes."""
