@@ -298,6 +298,10 @@ class OpenOptions:
     memory: int = 128 * 1024 * 1024
     """Bytes that one write may hold in flight."""
 
+    durable: bool = False
+    """Whether what is written on a file system is forced to the disk before it counts as done.
+    What a write with ``if_absent`` finds there is, too, before that is told."""
+
 
 class Backend(Protocol):
     """One bucket of one store.

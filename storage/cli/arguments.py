@@ -17,8 +17,10 @@ __all__ = [
     "add_commands",
     "add_common",
     "add_config",
+    "add_fetching",
     "add_patterns",
     "digest_argument",
+    "field_argument",
     "freshness_argument",
     "path_argument",
     "seconds_argument",
@@ -128,6 +130,37 @@ def add_patterns(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_fetching(parser: argparse.ArgumentParser) -> None:
+    """Add the options about how a model comes here; see ``commands.fetch_options``."""
+    parser.add_argument(
+        "--require-signature",
+        type=path_argument,
+        metavar="FILE",
+        help="hand over only what is signed with this public key, or a certificate that leads to "
+        "one of these",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="let a tree replace a folder that this command did not put there",
+    )
+    parser.add_argument(
+        "--freshness",
+        type=freshness_argument,
+        metavar="POLICY",
+        help="revalidate: ask the store each time; cache-first: only if nothing is cached; "
+        "max-age=SECONDS: if what is cached is older",
+    )
+    parser.add_argument(
+        "--cache", action="store_true", help="keep a copy in the cache although there is a DEST"
+    )
+    parser.add_argument(
+        "--link",
+        choices=("hardlink", "symlink"),
+        help="make cached files at DEST links instead of copies; never write to them",
+    )
+
+
 def add_config(parser: argparse.ArgumentParser, text: str = "config of the store") -> None:
     """Add the option that names the config of a store."""
     parser.add_argument(
@@ -187,6 +220,23 @@ def seconds_argument(text: str) -> float:
     if not 0 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError("a number of seconds is needed")
     return seconds
+
+
+def field_argument(text: str) -> tuple[str, Any]:
+    """Take ``KEY=TEXT`` or ``KEY:=JSON``, and return key and value."""
+    import json
+
+    key, equals, value = text.partition("=")
+    is_json = key.endswith(":")
+    key = key.removesuffix(":")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError("KEY=TEXT or KEY:=JSON is needed")
+    if not is_json:
+        return key, value
+    try:
+        return key, json.loads(value)
+    except (ValueError, RecursionError) as exc:
+        raise argparse.ArgumentTypeError(f"the value of {key!r} is not JSON") from exc
 
 
 def path_argument(text: str) -> str:

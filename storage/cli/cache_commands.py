@@ -218,10 +218,11 @@ def _telling(output: Output, did: str) -> Callable[[int], None]:
 
 def _repair(client: StorageClient, args: Namespace, output: Output) -> None:
     from storage.config import named_config
+    from storage.registry import fetch_again
 
     config = None if args.config is None else named_config(args.config, client.settings)
     with output.reporter() as reporter:
-        repairs = client.repair(full=args.full, config=config, progress=reporter)
+        repairs = client.repair(full=args.full, config=config, progress=reporter, fetch=fetch_again)
     failed = [each for each in repairs if each.outcome not in ("repaired", "changed")]
     output.note(
         f"{len(repairs)} not in order, {len(repairs) - len(failed)} repaired"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from storage.cli.output import (
     Output,
     Reporter,
+    amounts,
     count,
     human_size,
     human_time,
     iso_time,
-    summary,
 )
 from storage.errors import IntegrityError, ModelMissingError, TransferError, one_line
 from storage.uri import parse_uri
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from storage.client.signatures import SignaturePolicy
     from storage.digest import Digest
 
-__all__ = ["run"]
+__all__ = ["fetch_options", "run"]
 
 _BLOCK = 1024 * 1024
 
@@ -56,6 +56,18 @@ def _config(client: StorageClient, name: str | None) -> Any:
     return named_config(name, client.settings)
 
 
+def fetch_options(args: Namespace) -> dict[str, Any]:
+    """Return the options of a download that ``add_fetching`` and ``--offline`` ask for."""
+    return {
+        "offline": True if args.offline else None,
+        "freshness": args.freshness,
+        "cache": args.cache or None,
+        "link": args.link,
+        "overwrite": args.overwrite,
+        "require_signature": _policy(args.require_signature),
+    }
+
+
 def _policy(file: str | None) -> SignaturePolicy | None:
     if file is None:
         return None
@@ -71,15 +83,7 @@ def _download(args: Namespace, output: Output) -> None:
         if args.dry_run:
             _print_plan(client, config, args, output)
             return
-        options = {
-            "config": config,
-            "offline": True if args.offline else None,
-            "freshness": args.freshness,
-            "cache": args.cache or None,
-            "link": args.link,
-            "overwrite": args.overwrite,
-            "require_signature": _policy(args.require_signature),
-        }
+        options = {"config": config} | fetch_options(args)
         if args.locked is not None:
             _download_locked(client, args, options, reporter, output)
             return
@@ -93,8 +97,8 @@ def _download(args: Namespace, output: Output) -> None:
             progress=reporter,
             **options,
         )
-    _note_summary(reporter, output)
-    document = {"uri": _shown(args.uri), "path": path} | _amounts(reporter, began)
+    output.note_summary(reporter)
+    document = {"uri": _shown(args.uri), "path": path} | amounts(reporter, began)
     output.result(document, [path])
 
 
@@ -111,8 +115,8 @@ def _download_locked(
     lock = LockFile.read(args.locked)
     if args.uri is not None:
         path = client.download_locked(lock, args.uri, args.dest, progress=reporter, **options)
-        _note_summary(reporter, output)
-        document = {"uri": _shown(args.uri), "path": path} | _amounts(reporter, began)
+        output.note_summary(reporter)
+        document = {"uri": _shown(args.uri), "path": path} | amounts(reporter, began)
         output.result(document, [path])
         return
     # Of several at once no bar could tell.
@@ -153,9 +157,9 @@ def _upload(args: Namespace, output: Output) -> None:
             ignore_patterns=args.ignore,
             progress=reporter,
         )
-    _note_summary(reporter, output)
+    output.note_summary(reporter)
     document = {"ok": True, "source": args.src, "uri": _shown(args.uri)}
-    output.result(document | _amounts(reporter, began))
+    output.result(document | amounts(reporter, began))
 
 
 def _ls(args: Namespace, output: Output) -> None:
@@ -192,9 +196,9 @@ def _cp(args: Namespace, output: Output) -> None:
             dest_config=_config(client, args.dest_config),
             progress=reporter,
         )
-    _note_summary(reporter, output)
+    output.note_summary(reporter)
     document = {"ok": True, "source": _shown(args.src_uri), "uri": _shown(args.dest_uri)}
-    output.result(document | _amounts(reporter, began))
+    output.result(document | amounts(reporter, began))
 
 
 def _rm(args: Namespace, output: Output) -> None:
@@ -298,6 +302,12 @@ def _archive(args: Namespace, output: Output) -> None:
     run(args, output)
 
 
+def _registry(args: Namespace, output: Output) -> None:
+    from storage.cli.registry_commands import run
+
+    run(args, output)
+
+
 def _quickstart(args: Namespace, output: Output) -> None:
     from storage.cli.quickstart import quickstart
 
@@ -319,6 +329,7 @@ _COMMANDS = {
     "cache": _cache,
     "archive": _archive,
     "container": _container,
+    "registry": _registry,
     "quickstart": _quickstart,
 }
 
@@ -328,24 +339,8 @@ def _shown(uri: str) -> str:
     return str(parse_uri(uri))
 
 
-def _note_summary(reporter: Reporter, output: Output) -> None:
-    if reporter.last is not None and reporter.last.finished:
-        output.note(summary(reporter.last))
-
-
 def _elapsed(began: float) -> str:
     return human_time(time.perf_counter() - began)
-
-
-def _amounts(reporter: Reporter, began: float) -> dict[str, Any]:
-    """Return what moved; ``None`` where nothing had to, because it lies on this machine."""
-    last = reporter.last
-    return {
-        "size": None if last is None else last.bytes_done,
-        "objects": None if last is None else last.objects_done,
-        "moved": 0 if last is None else last.bytes_done - last.bytes_present,
-        "seconds": round(time.perf_counter() - began, 3),
-    }
 
 
 def _entry(path: str, info: ObjectInfo) -> dict[str, Any]:

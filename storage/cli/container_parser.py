@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from typing import Any
 
 from storage.cli.arguments import (
     CommandTable,
     add_commands,
     add_common,
     add_config,
+    field_argument,
     path_argument,
     text_argument,
     uri_argument,
@@ -70,7 +69,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--meta",
         action="append",
-        type=_metadata_argument,
+        type=field_argument,
         metavar="K=V",
         help="metadata; V is text, and in K:=V it is JSON; may be repeated",
     )
@@ -93,20 +92,6 @@ def _check_build(args: argparse.Namespace) -> str | None:
     if args.format is None:
         args.format = os.path.splitext(args.inference)[1].removeprefix(".") or None
     return "--format is missing, and the file has no ending" if args.format is None else None
-
-
-def _metadata_argument(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    is_json = key.endswith(":")
-    key = key.removesuffix(":")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError("KEY=TEXT or KEY:=JSON is needed")
-    if not is_json:
-        return key, value
-    try:
-        return key, json.loads(value)
-    except (ValueError, RecursionError) as exc:
-        raise argparse.ArgumentTypeError(f"the value of {key!r} is not JSON") from exc
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:

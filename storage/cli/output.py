@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
@@ -30,6 +31,7 @@ __all__ = [
     "Output",
     "ReaderGoneError",
     "Reporter",
+    "amounts",
     "count",
     "human_size",
     "human_time",
@@ -104,6 +106,11 @@ class Output:
         """Write a line for a human, unless nobody wants one."""
         if not (self.quiet or self.as_json):
             _write_stderr(_safe_line(text))
+
+    def note_summary(self, reporter: Reporter) -> None:
+        """Write what a transfer that has ended did."""
+        if reporter.last is not None and reporter.last.finished:
+            self.note(summary(reporter.last))
 
     def error(self, kind: str, message: str) -> None:
         """Write the one line of an error; ``kind`` is its type."""
@@ -272,6 +279,22 @@ class _Bars(Reporter):
             with contextlib.suppress(OSError):
                 self._bars.stop()
             self._bars = None
+
+
+def amounts(reporter: Reporter, began: float) -> dict[str, Any]:
+    """Return what moved; ``None`` where nothing had to, because it lies on this machine.
+
+    Args:
+        reporter: was told of the transfer.
+        began: when it began, by ``time.perf_counter``.
+    """
+    last = reporter.last
+    return {
+        "size": None if last is None else last.bytes_done,
+        "objects": None if last is None else last.objects_done,
+        "moved": 0 if last is None else last.bytes_done - last.bytes_present,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
 
 
 def summary(progress: Progress) -> str:

@@ -11,9 +11,9 @@ from storage.cli.arguments import (
     add_commands,
     add_common,
     add_config,
+    add_fetching,
     add_patterns,
     digest_argument,
-    freshness_argument,
     path_argument,
     text_argument,
     uri_argument,
@@ -77,35 +77,9 @@ def _download(parser: argparse.ArgumentParser) -> None:
         help="expected digest, sha256:… or blake3:…; of a tree: the digest of its listing",
     )
     parser.add_argument(
-        "--require-signature",
-        type=path_argument,
-        metavar="FILE",
-        help="hand over only what is signed with this public key, or a certificate that leads to "
-        "one of these",
-    )
-    parser.add_argument(
         "--unpack", action="store_true", help="extract the archive that URI is (tar, zip, …)"
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="let a tree replace a folder that this command did not put there",
-    )
-    parser.add_argument(
-        "--freshness",
-        type=freshness_argument,
-        metavar="POLICY",
-        help="revalidate: ask the store each time; cache-first: only if nothing is cached; "
-        "max-age=SECONDS: if what is cached is older",
-    )
-    parser.add_argument(
-        "--cache", action="store_true", help="keep a copy in the cache although there is a DEST"
-    )
-    parser.add_argument(
-        "--link",
-        choices=("hardlink", "symlink"),
-        help="make cached files at DEST links instead of copies; never write to them",
-    )
+    add_fetching(parser)
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--dry-run", action="store_true", help="print what would be fetched, and fetch nothing"
@@ -232,6 +206,12 @@ def _container(parser: argparse.ArgumentParser) -> None:
     fill(parser)
 
 
+def _registry(parser: argparse.ArgumentParser) -> None:
+    from storage.cli.registry_parser import fill
+
+    fill(parser)
+
+
 _COMMANDS: CommandTable = {
     "download": ("bring an object or a tree here and print its path", _download),
     "upload": ("store a file or a folder", _upload),
@@ -246,5 +226,6 @@ _COMMANDS: CommandTable = {
     "cache": ("look at and look after what is kept on this machine", _cache),
     "archive": ("make and extract archives of models", _archive),
     "container": ("make, open and sign model containers", _container),
+    "registry": ("publish and use versions of models, on any store", _registry),
     "quickstart": ("make a small model and move it through a store", _quickstart),
 }

@@ -131,11 +131,17 @@ class ClientBase:
             )
         return asked
 
-    def backend(self, location: Location, config: Any = None) -> Backend:
-        """Return the backend for the bucket of ``location``, the same one for the same config."""
+    def backend(self, location: Location, config: Any = None, *, durable: bool = False) -> Backend:
+        """Return the backend for the bucket of ``location``, the same one for the same config.
+
+        Args:
+            location: what it is for.
+            config: of the call.
+            durable: whether what it writes on a file system is forced to the disk.
+        """
         config = self.resolve_config(location, config)
         transfer = self.settings.transfer
-        key = (_store_of(location), location.bucket, config)
+        key = (_store_of(location), location.bucket, config, durable)
         with self._lock:
             if self._pid != os.getpid():
                 # Sockets and threads stayed with the parent.
@@ -152,6 +158,7 @@ class ClientBase:
                     transfer.connect_timeout,
                     transfer.stall_timeout,
                     transfer.memory,
+                    durable,
                 )
                 backend = open_backend(location, config, options)
                 if transfer.limit_rate is not None and not location.is_local:

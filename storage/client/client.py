@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from storage.backends.base import Backend, ObjectInfo
     from storage.client.lockfile import LockFile
     from storage.client.prefetch import PrefetchResult
-    from storage.client.repair import Repair
+    from storage.client.repair import Fetch, Repair
     from storage.client.signatures import RequireSignature
 
 __all__ = ["StorageClient"]
@@ -211,6 +211,7 @@ class StorageClient(ClientBase):
         full: bool = False,
         config: Any = None,
         progress: ProgressCallback | None = None,
+        fetch: Fetch | None = None,
     ) -> list[Repair]:
         """Verify the cache, and fetch again what is damaged or missing from where it came from.
 
@@ -218,6 +219,8 @@ class StorageClient(ClientBase):
             full: hash every blob; else only those that are in doubt.
             config: for those sources whose type it fits.
             progress: called while bytes move.
+            fetch: downloads a source again; ``storage.registry.fetch_again`` also knows what
+                was pulled from a registry.
 
         Returns:
             What became of each model that was not in order; none if all are.
@@ -227,7 +230,7 @@ class StorageClient(ClientBase):
         """
         from storage.client.repair import repair
 
-        return repair(self, full=full, config=config, progress=progress)
+        return repair(self, full=full, config=config, progress=progress, fetch=fetch)
 
     def plan_download(
         self,

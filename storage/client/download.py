@@ -106,7 +106,7 @@ class Download:
 
     def _run(self, dest: str | None) -> str:
         self.keeps = dest is None or self._fill
-        if self.location.is_local:
+        if self.is_here:
             return self._from_this_machine(dest)
         if self.offline is True:
             return self._from_cache(dest)
@@ -124,20 +124,32 @@ class Download:
             return path
 
     @property
+    def is_here(self) -> bool:
+        """Whether the source is files of this machine, which can be used where they are."""
+        return self.location.is_local
+
+    @property
     def backend(self) -> Backend:
         """The backend of the source."""
         return self.client.backend(self.location, self.config)
 
     def make_plan(self, location: Location | None = None) -> Plan:
         """Ask the store what there is at ``location``, by default the source itself."""
-        where = self.location if location is None else location
-        plan = self.client.run_retried(make_plan, self.backend, where, self.patterns)
+        plan = self.ask(self.location if location is None else location)
         if self.unpack and plan.is_tree:
             raise InvalidInput(f"{plan.uri} is a tree; unpack=True is for one archive")
         self._refuse_tree(plan.is_tree)
         if self._verification is not None:
             self._verification.expect(plan)
         return plan
+
+    def ask(self, location: Location) -> Plan:
+        """Return what the store has at ``location``: the source, or the source as a tree.
+
+        Raises:
+            ModelMissingError: there is nothing.
+        """
+        return self.client.run_retried(make_plan, self.backend, location, self.patterns)
 
     def _refuse_tree(self, is_tree: bool) -> None:
         if is_tree and self._options.single:
@@ -151,7 +163,8 @@ class Download:
 
     def _from_this_machine(self, dest: str | None) -> str:
         if dest is not None:
-            self._refuse_overlap(dest)
+            # A whole tree may be put onto itself; a part of it would take the rest away.
+            self.refuse_overlap(dest, self.location, itself=self.patterns.active)
         elif not self.unpack and not self.patterns.active:
             return self._in_place()
         if dest is None:
@@ -177,14 +190,16 @@ class Download:
             self._verification.check_in_place(path)
         return path
 
-    def _refuse_overlap(self, dest: str) -> None:
-        backend = self.backend
-        source = backend.local_path(self.location.key.rstrip("/"))
+    def refuse_overlap(self, dest: str, location: Location, *, itself: bool) -> None:
+        """Refuse a destination inside what is at ``location`` on this machine, or around it.
+
+        With ``itself``, what is there is refused, too.
+        """
+        source = self.backend.local_path(location.key.rstrip("/"))
         assert source is not None
         source, target = os.path.realpath(source), os.path.realpath(dest)
         inside = os.path.join(target, "")
-        # A whole tree may be put onto itself; a part of it would take the rest away.
-        onto_itself = source == target and self.patterns.active
+        onto_itself = source == target and itself
         if target.startswith(os.path.join(source, "")) or (
             (source.startswith(inside) or onto_itself) and os.path.isdir(source)
         ):

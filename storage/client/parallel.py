@@ -15,13 +15,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_parallel(function: Callable[[T], R], items: Sequence[T], threads: int = 8) -> list[R]:
+def map_parallel(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    threads: int = 8,
+    budget: Budget | None = None,
+) -> list[R]:
     """Return what ``function`` returns for each of ``items``, in their order.
 
     Args:
         function: called by several threads; the first exception ends the work and is raised.
         items: what it is called with.
         threads: at most.
+        budget: connections shared with others, of which each call holds one.
     """
     results: dict[int, R] = {}
 
@@ -29,5 +35,6 @@ def map_parallel(function: Callable[[T], R], items: Sequence[T], threads: int = 
         results[index] = function(items[index])
 
     tasks = [partial(run, index) for index in range(len(items))]
-    run_tasks(tasks, Budget(max(1, min(threads, len(items)))), len(items))
+    threads = max(1, min(threads, len(items)))
+    run_tasks(tasks, Budget(threads) if budget is None else budget, threads)
     return [results[index] for index in range(len(items))]

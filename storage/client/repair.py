@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from storage.client.client import StorageClient
     from storage.transfer.progress import ProgressCallback
 
-__all__ = ["Outcome", "Repair", "repair"]
+__all__ = ["Fetch", "Outcome", "Repair", "repair"]
+
+Fetch = Callable[["StorageClient", Location, DownloadOptions], object]
+"""Downloads a source into the cache."""
 
 Outcome = Literal["repaired", "changed", "failed", "unknown"]
 """``repaired``: as it was; ``changed``: the source has another version, which is cached now;
@@ -52,6 +55,7 @@ def repair(
     full: bool = False,
     config: Any = None,
     progress: ProgressCallback | None = None,
+    fetch: Fetch | None = None,
 ) -> list[Repair]:
     """Verify the cache and fetch again what is not right; see :meth:`StorageClient.repair`."""
     cache = client.cache
@@ -60,7 +64,7 @@ def repair(
     locations = [_location(ref.source) for ref, _ in broken.values()]
     configs = _configs(locations, config)
     repairs = [
-        _repair(client, location, ref, why, its_config, progress)
+        _repair(client, location, ref, why, its_config, progress, fetch or _fetch)
         for (ref, why), location, its_config in zip(
             broken.values(), locations, configs, strict=True
         )
@@ -120,6 +124,7 @@ def _repair(
     why: str,
     config: Any,
     progress: ProgressCallback | None,
+    fetch: Fetch,
 ) -> Repair:
     source = ref.source
     patterns = Patterns(source.allow, source.ignore)
@@ -138,7 +143,7 @@ def _repair(
         require_signature=False,
     )
     try:
-        Download(client, location, options).run(None)
+        fetch(client, location, options)
         found = client.cache.ref(now)
     except ModelMissingError as exc:
         what = f"{why}; its source has it no more; `storage cache rm` forgets it"
@@ -154,6 +159,10 @@ def _repair(
     return Repair(
         source.uri, "changed", f"{why}; its source has changed; what it is now was fetched"
     )
+
+
+def _fetch(client: StorageClient, location: Location, options: DownloadOptions) -> None:
+    Download(client, location, options).run(None)
 
 
 def _unaskable(source: Source, now: Source) -> str | None:

@@ -376,7 +376,7 @@ class LocalBackend:
 
 def open_file_backend(location: Any, config: Any, options: OpenOptions) -> Backend:
     """Return the backend of local paths; keys are absolute paths without the first slash."""
-    return LocalBackend("/", durable=bool(getattr(config, "durable", False)))
+    return LocalBackend("/", durable=options.durable or bool(getattr(config, "durable", False)))
 
 
 def open_pvc_backend(location: Any, config: Any, options: OpenOptions) -> Backend:
@@ -395,7 +395,7 @@ def open_pvc_backend(location: Any, config: Any, options: OpenOptions) -> Backen
         name="pvc",
         prefix=f"pvc://{claim}/",
         contained=True,
-        durable=bool(getattr(config, "durable", False)),
+        durable=options.durable or bool(getattr(config, "durable", False)),
     )
 
 

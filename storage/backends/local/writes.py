@@ -196,4 +196,7 @@ def _publish(target: Target, temporary: str) -> None:
 
 
 def _exists(target: Target) -> ObjectExistsError:
+    if target.durable:
+        # Whoever put it there may not have come that far, and is relied upon from now on.
+        files.sync_directory(target.directory)
     return ObjectExistsError(f"{target.uri} exists, and was to be created only")

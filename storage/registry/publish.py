@@ -1,0 +1,507 @@
+"""Publishing: content first, then one object that commits it, then its number.
+
+1. The files are hashed. If their content is a version already, that is the result.
+2. A lease names the content, so that no collection takes a blob of it.
+3. What the store lacks is uploaded, under names that were never used before; every byte is hashed
+   once more on its way. A blob that a collection condemned counts as lacking.
+4. A number is claimed.
+5. The next entry of the content's log is created with all that the version is: the commit. If
+   somebody else was faster, his version is the result. If a collector took this publisher for dead
+   and wrote that entry itself, all begins again at 2.
+6. The version is created under its number: now it is seen. Whoever finds a version that is
+   committed and not seen does the same, so it does not matter who dies when.
+7. The lease is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+import uuid
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self, cast
+
+from storage.backends.base import BatchBackend, BatchItem, Payload
+from storage.client.parallel import map_parallel
+from storage.digest import hash_file, new_hasher
+from storage.errors import (
+    DestinationError,
+    IntegrityError,
+    InvalidInput,
+    ObjectChangedError,
+    StorageError,
+    TransferError,
+)
+from storage.registry import layout
+from storage.registry.documents import (
+    Attributes,
+    Parent,
+    Version,
+    VersionFile,
+    content_id,
+    encode,
+    now,
+)
+from storage.registry.leases import Lease, condemned
+from storage.registry.log import Log, last_number
+from storage.registry.objects import ObjectStore
+from storage.transfer import events
+from storage.transfer.engine import run_by_size
+from storage.transfer.plan import Patterns, local_paths
+from storage.transfer.progress import Meter, ProgressCallback
+from storage.transfer.sending import send_item, send_items
+from storage.transfer.upload import SourceFile, scan
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+__all__ = ["PendingVersion"]
+
+_HASHING_THREADS = 8
+# A page of a listing has a thousand names, and takes about three times as long as an empty one,
+# of which sixteen are asked for at once.
+_MANY = 64
+_MANY_MORE = 20
+_LISTED = 100_000
+_BUFFER = 1024 * 1024
+_TYPE = "application/octet-stream"
+_Blob = tuple[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """A file of this machine that belongs to a version."""
+
+    path: str
+    """In the version."""
+
+    local: str
+    size: int
+    blake3: str
+    sha256: str
+
+
+class PendingVersion:
+    """A version on its way: it can be uploaded to, and is not seen before it is committed.
+
+    A context manager; leaving it without :meth:`commit` aborts it. For one thread at a time.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        model: str,
+        attributes: Attributes,
+        parent: Parent = None,
+        hints: MutableMapping[str, int] | None = None,
+    ) -> None:
+        """Prepare; see :meth:`storage.registry.ModelRegistry.begin`.
+
+        Args:
+            store: the registry's.
+            model: name of the model.
+            attributes: what is said of the version.
+            parent: what it was made from.
+            hints: the highest number that was seen, by model, of models that are in the catalog;
+                kept up to date.
+        """
+        self._store = store
+        self._attributes = attributes
+        self._parent = parent
+        self._hints = {} if hints is None else hints
+        self._files: dict[str, _Local] = {}
+        self._lease: Lease | None = None
+        self._number: int | None = None
+        self._ended = False
+        self.model = model
+        self.id = uuid.uuid4().hex
+        """What tells it from other pending versions."""
+
+        self.started = now()
+
+    # -- life --------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(StorageError):
+            self.abort()
+
+    def begin(self) -> Self:
+        """Let others see that it is pending."""
+        self._take()
+        return self
+
+    def abort(self) -> None:
+        """Give it up. What was uploaded for it alone is removed by the next collection."""
+        self._ended = True
+        self._release()
+
+    def _take(self, content: str = "", attempt: int = 0) -> None:
+        """Take a lease on all files so far, and only then give back the one before it."""
+        if self.model not in self._hints:
+            name = layout.catalog(self.model)
+            if self._store.info(name) is None:
+                self._store.create(name, encode({"model": self.model}))
+            self._hints[self.model] = 0
+        lease = Lease.take(
+            self._store,
+            self.model,
+            {file.blake3 for file in self._files.values()},
+            pending=self.id,
+            started=self.started,
+            content=content,
+            attempt=attempt,
+        )
+        old, self._lease = self._lease, lease
+        if old is not None:
+            # One that cannot be removed is no worse than one of somebody who died.
+            with contextlib.suppress(StorageError):
+                old.release()
+
+    def _release(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise InvalidInput(
+                f"the pending version {self.id} of {self.model!r} is committed or aborted; begin "
+                "another one"
+            )
+
+    # -- files -------------------------------------------------------------------------------
+
+    def add(
+        self,
+        source: str | os.PathLike[str],
+        path: str = "",
+        *,
+        allow_patterns: str | Iterable[str] | None = None,
+        ignore_patterns: str | Iterable[str] | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Upload a file, or the files of a folder.
+
+        Args:
+            source: a file or a folder of this machine. Links are followed.
+            path: the folder of the version that it goes into; its top if empty.
+            allow_patterns: only these paths, relative to ``source``.
+            ignore_patterns: not these.
+            progress: called while bytes move.
+
+        Raises:
+            InvalidInput: there is nothing, or a path is taken by another content already.
+            IntegrityError: a file changed meanwhile.
+            TransferError: the store does not answer.
+        """
+        self._check_open()
+        before = self._files
+        try:
+            self.scan(source, path, allow_patterns, ignore_patterns)
+            self._take()
+            self._place(
+                [file for name, file in self._files.items() if name not in before], progress
+            )
+        except BaseException:
+            self._files = before
+            raise
+
+    def scan(
+        self,
+        source: str | os.PathLike[str],
+        path: str = "",
+        allow_patterns: str | Iterable[str] | None = None,
+        ignore_patterns: str | Iterable[str] | None = None,
+    ) -> None:
+        """Hash a file, or the files of a folder, as a part of the version; upload nothing yet."""
+        _, found = scan(os.fspath(source), Patterns(allow_patterns, ignore_patterns))
+        base = path.strip("/")
+        base = f"{base}/" if base else ""
+        hashed = map_parallel(partial(_hash, base), found, _threads())
+        files = dict(self._files)
+        for file in hashed:
+            other = files.setdefault(file.path, file)
+            if other.blake3 != file.blake3:
+                raise InvalidInput(
+                    f"{file.path!r} is {other.local} already and cannot be {file.local}, too; "
+                    "choose another path"
+                )
+        where = f"a version of {self.model!r}"
+        for name, path_there in zip(files, local_paths(files, where), strict=True):
+            if name != path_there:
+                raise InvalidInput(f"{where} cannot have the path {name!r}: it has an empty part")
+        self._files = files
+
+    def _described(self, placed: dict[str, str]) -> tuple[VersionFile, ...]:
+        files = sorted(self._files.values(), key=lambda file: os.fsencode(file.path))
+        return tuple(
+            VersionFile(file.path, file.size, file.blake3, file.sha256, placed.get(file.blake3, ""))
+            for file in files
+        )
+
+    # -- committing --------------------------------------------------------------------------
+
+    def commit(self, *, progress: ProgressCallback | None = None) -> Version:
+        """Publish it.
+
+        Args:
+            progress: called while bytes move, if something has to be uploaded again.
+
+        Returns:
+            The version, or the one that has just these files already.
+
+        Raises:
+            InvalidInput: it has no files.
+            IntegrityError: something has to be uploaded again, and its file is another one now.
+            TransferError: the store does not answer. If that was while it was committed it may be
+                there or not; publish it again to get it for certain.
+        """
+        self._check_open()
+        if not self._files:
+            raise InvalidInput(f"a version of {self.model!r} needs files; add some")
+        content = content_id(self._described({}))
+        while True:
+            head, version = self._look(content)
+            if version is None:
+                self._take(content, head + 1)
+                version = self._try(content, head, self._place(self._files.values(), progress))
+            if version is not None:
+                break
+        self._show(version)
+        self._ended = True
+        # It is published, whatever becomes of the lease.
+        with contextlib.suppress(StorageError):
+            self._release()
+        return version
+
+    def _look(self, content: str) -> tuple[int, Version | None]:
+        """Return the number of the newest entry of a content's log, and the version it is."""
+        prefix = layout.content_log(self.model, content)
+        found = Log(self._store, prefix).head()
+        if found is None:
+            return 0, None
+        index, document = found
+        if "revoked" in document:
+            return index, None
+        version = Version.read(document, self._store.where(layout.entry(prefix, index)))
+        gone = self._store.info(layout.deleted(self.model, version.number))
+        return index, version if gone is None else None
+
+    def _try(self, content: str, head: int, placed: dict[str, str]) -> Version | None:
+        """Write the entry after ``head``; return the version unless somebody else was faster."""
+        if self._number is None:
+            self._number = self._claim()
+        version = Version(
+            self.model,
+            self._number,
+            content,
+            self._described(placed),
+            now(),
+            self._attributes,
+            self._parent,
+            self.id,
+        )
+        log = Log(self._store, layout.content_log(self.model, content))
+        # Until it is known what became of the entry only a collector may settle it.
+        lease, self._lease = self._lease, None
+        assert lease is not None
+        try:
+            log.append(version.document(), head)
+        except ObjectChangedError:
+            self._lease = lease
+            return None
+        except BaseException as exc:
+            # It may still be written with this number; no other content may get it.
+            self._number = None
+            lease.abandon()
+            if not isinstance(exc, TransferError):
+                raise
+            raise TransferError(
+                f"{exc}; whether version {version.number} of {self.model!r} was published is not "
+                "known; publish it again, which gives the same version"
+            ) from exc
+        self._lease = lease
+        return version
+
+    def _claim(self) -> int:
+        """Take the next number, for good."""
+        prefix = layout.numbers(self.model)
+        number = last_number(self._store, prefix, self._hints.get(self.model, 0)) + 1
+        document = encode({"model": self.model, "upload": self.id})
+        while not self._store.create(layout.entry(prefix, number), document):
+            number += 1
+        self._hints[self.model] = max(number, self._hints.get(self.model, 0))
+        return number
+
+    def _show(self, version: Version) -> None:
+        """Let a committed version be seen under its number."""
+        name = layout.version(version.model, version.number)
+        is_mine = version.upload == self.id
+        if is_mine or self._store.info(name) is None:
+            self._store.create(name, version.dumps())
+        else:
+            self._store.settle(name)
+
+    # -- blobs -------------------------------------------------------------------------------
+
+    def _place(self, files: Iterable[_Local], progress: ProgressCallback | None) -> dict[str, str]:
+        """Upload what the store lacks of ``files``; return the token of a blob for each BLAKE3."""
+        # In this order: the lease is there, then the collections, then the blobs.
+        banned = condemned(self._store)
+        files = list({file.blake3: file for file in files}.values())
+
+        found: list[str | None] = []
+        for file, blobs in zip(files, self._look_for(files), strict=True):
+            usable = (name for name, size in blobs if name not in banned and size == file.size)
+            found.append(next(usable, None))
+        names = {
+            file.blake3: name or layout.blob(file.blake3, uuid.uuid4().hex)
+            for file, name in zip(files, found, strict=True)
+        }
+        where = str(self._store.location)
+        size = sum(file.size for file in files)
+        with events.transfer("upload", where):
+            meter = Meter("upload", where, size, len(files), progress)
+            missing = []
+            for file, name in zip(files, found, strict=True):
+                if name is None:
+                    missing.append(file)
+                else:
+                    self._store.settle(name)
+                    meter.add_present(file.size)
+                    meter.add_object()
+            self._upload(missing, names, meter)
+            meter.finish()
+        return {digest: layout.last_part(name) for digest, name in names.items()}
+
+    def _look_for(self, files: Sequence[_Local]) -> list[list[_Blob]]:
+        """Return the blobs with the content of each of ``files``."""
+        if len(files) >= _MANY and not self._store.location.is_local:
+            # A request for each takes longer than a listing of all, unless there are many more.
+            most = min(_MANY_MORE * len(files), _LISTED)
+            listed = self._store.first_infos(layout.BLOBS, most)
+            if len(listed) < most:
+                blobs: dict[str | None, list[_Blob]] = {}
+                for name, info in listed:
+                    blobs.setdefault(layout.blob_digest(name), []).append((name, info.size))
+                return [blobs.get(file.blake3, []) for file in files]
+
+        def look(file: _Local) -> list[_Blob]:
+            prefix = layout.blob_incarnations(file.blake3)
+            found = self._store.infos(prefix)
+            return [(name, info.size) for name, info in found if layout.blob_digest(name)]
+
+        return self._store.map(look, files)
+
+    def _upload(self, files: Sequence[_Local], names: dict[str, str], meter: Meter) -> None:
+        client, backend = self._store.client, self._store.backend
+        options = client.transfer_options
+        items = [_item(self._store, file, names[file.blake3]) for file in files]
+        if backend.capabilities.batch_write:
+            if items:
+                batch = cast("BatchBackend", backend)
+                send_items(batch, items, options.retry, meter, where=str(self._store.location))
+            for _ in items:
+                meter.add_object()
+            return
+
+        def send(item: BatchItem, where: str, cancel: threading.Event) -> None:
+            send_item(backend, item, options.retry, meter, where=where, cancel=cancel)
+            meter.add_object()
+
+        tasks = [
+            (file.size, partial(send, item, self._store.where(names[file.blake3])))
+            for file, item in zip(files, items, strict=True)
+        ]
+        run_by_size(tasks, client.budget, options.memory)
+
+
+def _threads() -> int:
+    return min(_HASHING_THREADS, os.cpu_count() or 1)
+
+
+def _hash(base: str, file: SourceFile) -> _Local:
+    size = 0
+
+    def count(more: int) -> None:
+        nonlocal size
+        size += more
+
+    try:
+        digests = hash_file(file.local, ("blake3", "sha256"), count)
+    except OSError as exc:
+        raise _unreadable(file.local, exc) from exc
+    if size != file.size:
+        raise _changed(file.local)
+    return _Local(
+        f"{base}{file.path}", file.local, size, digests["blake3"].hex, digests["sha256"].hex
+    )
+
+
+def _item(store: ObjectStore, file: _Local, name: str) -> BatchItem:
+    metadata = {}
+    if store.backend.capabilities.metadata:
+        metadata = {"blake3": file.blake3, "sha256": file.sha256}
+    payload = Payload(lambda: io.BufferedReader(_Verified(file), _BUFFER), file.size)
+    return BatchItem(store.key(name), payload, metadata, _TYPE)
+
+
+class _Verified(io.RawIOBase):
+    """A file that raises instead of giving its last bytes if it is not what was hashed."""
+
+    def __init__(self, file: _Local) -> None:
+        super().__init__()
+        self._file = file
+        self._left = file.size
+        self._hasher = new_hasher("blake3")
+        try:
+            self._raw: IO[bytes] = open(file.local, "rb", buffering=0)  # noqa: SIM115 -- see close
+        except OSError as exc:
+            raise _unreadable(file.local, exc) from exc
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        if not self._left:
+            return 0
+        with memoryview(buffer).cast("B")[: self._left] as view:
+            try:
+                count: int = cast("Any", self._raw).readinto(view)
+            except OSError as exc:
+                raise _unreadable(self._file.local, exc) from exc
+            self._left -= count
+            self._hasher.update(view[:count])
+        if not count or (not self._left and self._hasher.hexdigest() != self._file.blake3):
+            raise _changed(self._file.local)
+        return count
+
+    def close(self) -> None:
+        raw = getattr(self, "_raw", None)
+        if raw is not None:
+            raw.close()
+        super().close()
+
+
+def _changed(path: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} changed while it was being published; nothing was published; publish it when its "
+        "writer is done"
+    )
+
+
+def _unreadable(path: str, exc: OSError) -> DestinationError:
+    return DestinationError(f"{path} cannot be read: {exc.strerror}")
