@@ -167,7 +167,6 @@ class ObjectStore:
 
     def holds_any(self, prefix: str) -> bool:
         """Tell whether there is an object whose name begins with ``prefix``."""
-
         return bool(self.first_infos(prefix, 1))
 
     # -- writing -----------------------------------------------------------------------------

@@ -16,22 +16,16 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import threading
 import uuid
 from collections.abc import Iterable, MutableMapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self, cast
+from typing import Self, cast
 
-from storage.backends.base import BatchBackend, BatchItem, Payload
-from storage.client.parallel import map_parallel
-from storage.digest import hash_file, new_hasher
+from storage.backends.base import BatchBackend, BatchItem
 from storage.errors import (
-    DestinationError,
-    IntegrityError,
     InvalidInput,
     ObjectChangedError,
     StorageError,
@@ -50,40 +44,22 @@ from storage.registry.documents import (
 from storage.registry.leases import Lease, condemned
 from storage.registry.log import Log, last_number
 from storage.registry.objects import ObjectStore
+from storage.registry.sources import LocalFile, hash_files
 from storage.transfer import events
 from storage.transfer.engine import run_by_size
 from storage.transfer.plan import Patterns, local_paths
 from storage.transfer.progress import Meter, ProgressCallback
 from storage.transfer.sending import send_item, send_items
-from storage.transfer.upload import SourceFile, scan
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 __all__ = ["PendingVersion"]
 
-_HASHING_THREADS = 8
 # A page of a listing has a thousand names, and takes about three times as long as an empty one,
 # of which sixteen are asked for at once.
 _MANY = 64
 _MANY_MORE = 20
 _LISTED = 100_000
-_BUFFER = 1024 * 1024
 _TYPE = "application/octet-stream"
 _Blob = tuple[str, int | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Local:
-    """A file of this machine that belongs to a version."""
-
-    path: str
-    """In the version."""
-
-    local: str
-    size: int
-    blake3: str
-    sha256: str
 
 
 class PendingVersion:
@@ -114,7 +90,7 @@ class PendingVersion:
         self._attributes = attributes
         self._parent = parent
         self._hints = {} if hints is None else hints
-        self._files: dict[str, _Local] = {}
+        self._files: dict[str, LocalFile] = {}
         self._lease: Lease | None = None
         self._number: int | None = None
         self._ended = False
@@ -227,12 +203,9 @@ class PendingVersion:
         ignore_patterns: str | Iterable[str] | None = None,
     ) -> None:
         """Hash a file, or the files of a folder, as a part of the version; upload nothing yet."""
-        _, found = scan(os.fspath(source), Patterns(allow_patterns, ignore_patterns))
-        base = path.strip("/")
-        base = f"{base}/" if base else ""
-        hashed = map_parallel(partial(_hash, base), found, _threads())
+        patterns = Patterns(allow_patterns, ignore_patterns)
         files = dict(self._files)
-        for file in hashed:
+        for file in hash_files(os.fspath(source), path, patterns):
             other = files.setdefault(file.path, file)
             if other.blake3 != file.blake3:
                 raise InvalidInput(
@@ -357,7 +330,9 @@ class PendingVersion:
 
     # -- blobs -------------------------------------------------------------------------------
 
-    def _place(self, files: Iterable[_Local], progress: ProgressCallback | None) -> dict[str, str]:
+    def _place(
+        self, files: Iterable[LocalFile], progress: ProgressCallback | None
+    ) -> dict[str, str]:
         """Upload what the store lacks of ``files``; return the token of a blob for each BLAKE3."""
         # In this order: the lease is there, then the collections, then the blobs.
         banned = condemned(self._store)
@@ -387,7 +362,7 @@ class PendingVersion:
             meter.finish()
         return {digest: layout.last_part(name) for digest, name in names.items()}
 
-    def _look_for(self, files: Sequence[_Local]) -> list[list[_Blob]]:
+    def _look_for(self, files: Sequence[LocalFile]) -> list[list[_Blob]]:
         """Return the blobs with the content of each of ``files``."""
         if len(files) >= _MANY and not self._store.location.is_local:
             # A request for each takes longer than a listing of all, unless there are many more.
@@ -399,14 +374,14 @@ class PendingVersion:
                     blobs.setdefault(layout.blob_digest(name), []).append((name, info.size))
                 return [blobs.get(file.blake3, []) for file in files]
 
-        def look(file: _Local) -> list[_Blob]:
+        def look(file: LocalFile) -> list[_Blob]:
             prefix = layout.blob_incarnations(file.blake3)
             found = self._store.infos(prefix)
             return [(name, info.size) for name, info in found if layout.blob_digest(name)]
 
         return self._store.map(look, files)
 
-    def _upload(self, files: Sequence[_Local], names: dict[str, str], meter: Meter) -> None:
+    def _upload(self, files: Sequence[LocalFile], names: dict[str, str], meter: Meter) -> None:
         client, backend = self._store.client, self._store.backend
         options = client.transfer_options
         items = [_item(self._store, file, names[file.blake3]) for file in files]
@@ -429,79 +404,8 @@ class PendingVersion:
         run_by_size(tasks, client.budget, options.memory)
 
 
-def _threads() -> int:
-    return min(_HASHING_THREADS, os.cpu_count() or 1)
-
-
-def _hash(base: str, file: SourceFile) -> _Local:
-    size = 0
-
-    def count(more: int) -> None:
-        nonlocal size
-        size += more
-
-    try:
-        digests = hash_file(file.local, ("blake3", "sha256"), count)
-    except OSError as exc:
-        raise _unreadable(file.local, exc) from exc
-    if size != file.size:
-        raise _changed(file.local)
-    return _Local(
-        f"{base}{file.path}", file.local, size, digests["blake3"].hex, digests["sha256"].hex
-    )
-
-
-def _item(store: ObjectStore, file: _Local, name: str) -> BatchItem:
+def _item(store: ObjectStore, file: LocalFile, name: str) -> BatchItem:
     metadata = {}
     if store.backend.capabilities.metadata:
         metadata = {"blake3": file.blake3, "sha256": file.sha256}
-    payload = Payload(lambda: io.BufferedReader(_Verified(file), _BUFFER), file.size)
-    return BatchItem(store.key(name), payload, metadata, _TYPE)
-
-
-class _Verified(io.RawIOBase):
-    """A file that raises instead of giving its last bytes if it is not what was hashed."""
-
-    def __init__(self, file: _Local) -> None:
-        super().__init__()
-        self._file = file
-        self._left = file.size
-        self._hasher = new_hasher("blake3")
-        try:
-            self._raw: IO[bytes] = open(file.local, "rb", buffering=0)  # noqa: SIM115 -- see close
-        except OSError as exc:
-            raise _unreadable(file.local, exc) from exc
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        if not self._left:
-            return 0
-        with memoryview(buffer).cast("B")[: self._left] as view:
-            try:
-                count: int = cast("Any", self._raw).readinto(view)
-            except OSError as exc:
-                raise _unreadable(self._file.local, exc) from exc
-            self._left -= count
-            self._hasher.update(view[:count])
-        if not count or (not self._left and self._hasher.hexdigest() != self._file.blake3):
-            raise _changed(self._file.local)
-        return count
-
-    def close(self) -> None:
-        raw = getattr(self, "_raw", None)
-        if raw is not None:
-            raw.close()
-        super().close()
-
-
-def _changed(path: str) -> IntegrityError:
-    return IntegrityError(
-        f"{path} changed while it was being published; nothing was published; publish it when its "
-        "writer is done"
-    )
-
-
-def _unreadable(path: str, exc: OSError) -> DestinationError:
-    return DestinationError(f"{path} cannot be read: {exc.strerror}")
+    return BatchItem(store.key(name), file.payload, metadata, _TYPE)

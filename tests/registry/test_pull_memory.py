@@ -14,7 +14,7 @@ from tests.servers import SeaweedFS
 pytestmark = pytest.mark.slow
 
 MIB = 1024 * 1024
-SIZE = 400 * MIB
+SIZE = 256 * MIB
 LIMIT = 160
 PROGRAM = """
 import sys
