@@ -80,20 +80,23 @@ def _push(registry: ModelRegistry, args: Namespace, output: Output) -> None:
 
 
 def _pull(registry: ModelRegistry, args: Namespace, output: Output) -> None:
+    from storage.registry.pull import make_pull
+
     began = time.perf_counter()
     model, reference = _reference(args)
     with output.reporter() as reporter:
-        path = registry.pull(
+        pull = make_pull(
+            registry,
             model,
             reference,
-            args.dest,
             allow_patterns=args.allow,
             ignore_patterns=args.ignore,
             progress=reporter,
             **fetch_options(args),
         )
+        path = pull.run(args.dest)
     output.note_summary(reporter)
-    document = {"model": model, "version": reference, "path": path}
+    document = {"model": model, "version": reference, "number": pull.number, "path": path}
     output.result(document | amounts(reporter, began), [path])
 
 
@@ -151,7 +154,7 @@ def _version_lines(versions: Iterable[dict[str, Any]]) -> Iterator[str]:
             str(version["objects"]),
             f"{version['created']:%Y-%m-%dT%H:%M:%SZ}",
             ",".join(version["aliases"]) or "-",
-            " ".join(version["description"].split()),
+            _line(version["description"]),
         )
         for version in versions
     ]
@@ -167,7 +170,8 @@ def _show(registry: ModelRegistry, args: Namespace, output: Output) -> None:
     version = registry.show(*_reference(args))
     document = _summary(version, _names(registry, version.model))
     files = [_file(file) for file in version.files]
-    output.result(document | {"files": files}, _show_lines(document, version.files))
+    lines = [*_said_lines(document), *_file_lines(version.files)]
+    output.result(document | {"files": files}, lines)
 
 
 def _file(file: VersionFile) -> dict[str, Any]:
@@ -177,19 +181,27 @@ def _file(file: VersionFile) -> dict[str, Any]:
     return found
 
 
-def _show_lines(document: dict[str, Any], files: Sequence[VersionFile]) -> Iterator[str]:
+def _said_lines(document: dict[str, Any]) -> Iterator[str]:
     for name, value in document.items():
         if isinstance(value, dict):
-            yield from (f"{name}.{key}: {below}" for key, below in value.items())
+            yield from (_line(f"{name}.{key}: {below}") for key, below in value.items())
         elif isinstance(value, list):
             yield from (f"{name}: {','.join(value)}",) if value else ()
         elif hasattr(value, "isoformat"):
             yield f"{name}: {value.isoformat()}"
         elif value not in (None, ""):
-            yield f"{name}: {value}"
+            yield _line(f"{name}: {value}")
+
+
+def _file_lines(files: Sequence[VersionFile]) -> Iterator[str]:
     width = max((len(str(file.size)) for file in files), default=0)
     for file in files:
         yield f"{file.size:>{width}}  {file.path}"
+
+
+def _line(text: str) -> str:
+    """Return a text of somebody as one line."""
+    return " ".join(text.splitlines())
 
 
 def _diff(registry: ModelRegistry, args: Namespace, output: Output) -> None:
@@ -218,7 +230,9 @@ def _diff(registry: ModelRegistry, args: Namespace, output: Output) -> None:
         *(("~", new.path) for _, new in found.changed),
     ]
     lines.sort(key=lambda line: line[1])
-    said = [(":", f"{name}: {old} -> {new}") for name, (old, new) in found.attributes.items()]
+    said = [
+        (":", _line(f"{name}: {old} -> {new}")) for name, (old, new) in found.attributes.items()
+    ]
     output.result(document, (f"{mark} {text}" for mark, text in lines + said))
 
 

@@ -109,7 +109,7 @@ class Download:
         if self.is_here:
             return self._from_this_machine(dest)
         if self.offline is True:
-            return self._from_cache(dest)
+            return self.from_cache(dest)
         try:
             return self._from_store_or_again(dest)
         except UnreachableError as exc:
@@ -117,7 +117,7 @@ class Download:
                 raise
             self.offline = True
             try:
-                path = self._from_cache(dest)
+                path = self.from_cache(dest)
             except OfflineError:
                 raise exc from None
             warn_of_copy(str(exc))
@@ -243,7 +243,7 @@ class Download:
                 return self._materialise(manifest, dest)
             return cached.keep(manifest)
 
-    def _from_cache(self, dest: str | None) -> str:
+    def from_cache(self, dest: str | None) -> str:
         """Take what the source was when it was cached last; no backend, no socket."""
         self._verify_archive()
         with self._cached() as cached:

@@ -21,8 +21,8 @@ from storage.errors import (
 __all__ = ["AVAILABLE", "existing_version", "is_available", "read_version", "translated"]
 
 AVAILABLE = "available"
-# What a validation error says of a field "id" is no id.
-_ID = re.compile(r"[^\s/]+")
+# What a validation error says of a field "id" is no id, nor is a part of a path.
+_ID = re.compile(r"[0-9A-Fa-f]{8}(-?[0-9A-Fa-f]{4}){3}-?[0-9A-Fa-f]{12}")
 
 
 def read_version(answer: Any) -> dict[str, Any]:

@@ -83,6 +83,10 @@ class ModelStorageArtifactRepository(ArtifactRepository):  # type: ignore[misc]
             self._location = parse_uri(self._root)
             _refuse_for_others(self._location)
 
+    def __repr__(self) -> str:
+        # MLflow's own shows what the URI may hold of a user and a password.
+        return f"{type(self).__name__}({one_line(self.artifact_uri)!r})"
+
     # -- to the store ------------------------------------------------------------------------
 
     def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
@@ -194,8 +198,7 @@ def _refuse_for_others(location: Location) -> None:
     Raises:
         InvalidInput: it is not below the artifact root or destination of the server.
     """
-    in_server = _SERVER_ROOTS[0] in os.environ or "mlflow.server.handlers" in sys.modules
-    if not in_server or location.scheme in _OPEN_SCHEMES:
+    if location.scheme in _OPEN_SCHEMES or not _in_server():
         return
     for name in _SERVER_ROOTS:
         uri = os.environ.get(name, "")
@@ -207,6 +210,19 @@ def _refuse_for_others(location: Location) -> None:
     raise InvalidInput(
         f"{location}: a tracking server reaches files of its machine, and hosts that a URI names, "
         "only below its own --default-artifact-root or --artifacts-destination"
+    )
+
+
+def _in_server() -> bool:
+    """Tell whether this is a tracking server, or a job of one; MLflow's command is neither."""
+    if _SERVER_ROOTS[0] in os.environ:
+        return True
+    # Its application, by another program than the one that sets the variables.
+    flask = sys.modules.get("flask")
+    return (
+        flask is not None
+        and flask.has_app_context()
+        and flask.current_app.import_name == "mlflow.server"
     )
 
 

@@ -3,6 +3,7 @@
     from storage.registry import ModelRegistry
 
     registry = ModelRegistry("s3://models/registry")
+    registry.init()  # once
     version = registry.push("iris", "out/model", metrics={"accuracy": 0.97})
     registry.set_alias("iris", "production", version.number)
     path = registry.pull("iris", "production")

@@ -98,7 +98,8 @@ def set_alias(
 
     Raises:
         ObjectChangedError: it is set to something else than ``expected``.
-        ModelMissingError: somebody deletes the version; the alias is as it was.
+        ModelMissingError: somebody deletes the version; the alias is as it was, or not set if
+            what it was is deleted, too.
     """
     log = Log(store, layout.alias(model, alias))
     while True:
@@ -121,11 +122,13 @@ def set_alias(
     if version is not None and _goes(store, model, version):
         # If this is too late, somebody has set it to something else already.
         with contextlib.suppress(ObjectChangedError):
-            log.append(_document(before), index)
+            index = log.append(_document(before), index)
+            if before is not None and _goes(store, model, before):
+                log.append(_document(None), index)
         raise ModelMissingError(
             store.where(layout.version(model, version)),
             f"{store.location}: version {version} of {model!r} is being deleted; the alias "
-            f"{alias!r} is {_shown(before)}, as before",
+            f"{alias!r} was not set to it; choose another version",
         )
 
 

@@ -81,10 +81,22 @@ def _checked(attributes: Attributes) -> Attributes:
             )
     for name, number in attributes.metrics.items():
         plain = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not plain or not math.isfinite(number):
+        if not plain or not _is_finite(number):
             raise InvalidInput(f"the metric {name!r} is {one_line(repr(number))}, no finite number")
-    _check_keys(attributes.document(), "attributes")
+    try:
+        _check_keys(attributes.document(), "attributes")
+    except RecursionError as exc:
+        raise InvalidInput(
+            "the configuration holds itself, or lists and dicts too deep in one another"
+        ) from exc
     return Attributes.parse(decode(encode(attributes.document()), "attributes"), "attributes")
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # of an int that no float can hold
+        return False
 
 
 def _check_keys(value: Any, where: str) -> None:
@@ -114,11 +126,7 @@ def change(store: ObjectStore, version: Version, **changes: Any) -> Version:
     """
     log = Log(store, layout.attributes(version.model, version.number))
     while True:
-        head = log.head()
-        index, old = 0, version.attributes
-        if head is not None:
-            index, document = head
-            old = Attributes.parse(document, _where(store, version))
+        index, old = _head(store, version)
         new = changed(old, **changes)
         if new != old:
             try:
@@ -132,12 +140,10 @@ def current(store: ObjectStore, versions: list[Version]) -> list[Version]:
     """Return versions of one model with what is said of them now."""
     if not versions:
         return []
-    model = versions[0].model
     if len(versions) == 1:
-        names = store.names(layout.attributes(model, versions[0].number))
-    else:
-        names = store.names(layout.attribute_logs(model))
-    newest = heads(names)
+        return [replace(versions[0], attributes=_head(store, versions[0])[1])]
+    model = versions[0].model
+    newest = heads(store.names(layout.attribute_logs(model)))
 
     def look(version: Version) -> Version:
         name = newest.get(layout.attributes(model, version.number))
@@ -150,5 +156,11 @@ def current(store: ObjectStore, versions: list[Version]) -> list[Version]:
     return store.map(look, versions)
 
 
-def _where(store: ObjectStore, version: Version) -> str:
-    return store.where(layout.attributes(version.model, version.number))
+def _head(store: ObjectStore, version: Version) -> tuple[int, Attributes]:
+    """Return the number of the newest change, 0 if there is none, and what is said since then."""
+    prefix = layout.attributes(version.model, version.number)
+    head = Log(store, prefix).head()
+    if head is None:
+        return 0, version.attributes
+    index, document = head
+    return index, Attributes.parse(document, store.where(layout.entry(prefix, index)))

@@ -124,7 +124,7 @@ def decode(data: bytes, where: str) -> dict[str, Any]:
     return document
 
 
-def read_fields(document: Any, where: str, **types: type | tuple[type, ...]) -> dict[str, Any]:
+def read_fields(document: Any, where: str, /, **types: type | tuple[type, ...]) -> dict[str, Any]:
     """Return those fields of ``document`` that are named, each of its type.
 
     Raises:

@@ -128,7 +128,8 @@ def parse_reference(reference: int | str) -> int | str:
         InvalidInput: it is neither.
     """
     if isinstance(reference, str):
-        if not (reference.isascii() and reference.isdigit()):
+        # Python reads no number of thousands of digits; no name is that long either.
+        if not (reference.isascii() and reference.isdigit() and len(reference) <= 200):
             return _check_name(reference, "alias")
         reference = int(reference)
     if isinstance(reference, bool) or not isinstance(reference, int) or reference < 1:

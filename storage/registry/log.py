@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from storage.errors import ObjectChangedError
@@ -63,17 +63,26 @@ class Log:
 
     def head(self) -> tuple[int, dict[str, Any]] | None:
         """Return number and document of the newest entry; ``None`` if there is none."""
-        return next(self.entries(), None)
+        numbers = self._numbers()
+        return self._read(numbers[0]) if numbers else None
 
-    def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield number and document of each entry, the newest first."""
-        found = (layout.number_of(name) for name in self._store.names(self._prefix))
-        for each in range(max((index for index in found if index), default=0), 0, -1):
-            name = layout.entry(self._prefix, each)
-            data = self._store.read(name)
-            if data is None:
-                return  # the log was removed, with what it is about
-            yield each, decode(data, self._store.where(name))
+    def entries(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return number and document of each entry, the newest first."""
+        found = self._store.map(self._read, self._numbers())
+        return [entry for entry in found if entry is not None]
+
+    def _numbers(self) -> list[int]:
+        """Return the numbers of all entries, the highest first."""
+        if not self._store.backend.capabilities.list:
+            return list(range(last_number(self._store, self._prefix), 0, -1))
+        found = map(layout.number_of, self._store.names(self._prefix))
+        return sorted({index for index in found if index}, reverse=True)
+
+    def _read(self, index: int) -> tuple[int, dict[str, Any]] | None:
+        name = layout.entry(self._prefix, index)
+        data = self._store.read(name)
+        # The log may be removed meanwhile, with what it is about.
+        return None if data is None else (index, decode(data, self._store.where(name)))
 
     def append(self, document: Mapping[str, Any], expected: int) -> int:
         """Add an entry.

@@ -12,7 +12,7 @@ from storage.registry import layout
 from storage.registry.documents import decode, encode
 from storage.registry.objects import ObjectStore
 
-__all__ = ["is_there", "make"]
+__all__ = ["create_marker", "is_there", "make"]
 
 _DIGEST = "blake3"
 
@@ -54,9 +54,7 @@ def make(store: ObjectStore) -> None:
         raise InvalidInput(
             f"{store.location} holds something that is no registry; name an empty folder"
         )
-    marker = encode({"digest": _DIGEST})
-    if store.create(layout.MARKER, marker):
-        _probe(store, marker)
+    create_marker(store, layout.MARKER, encode({"digest": _DIGEST}))
     is_there(store)
 
 
@@ -67,15 +65,21 @@ def _holds_something(store: ObjectStore) -> bool:
         return False  # the write tells whether that is true
 
 
-def _probe(store: ObjectStore, marker: bytes) -> None:
-    """Create again what is there: stores that ignore the condition would say nothing."""
+def create_marker(store: ObjectStore, name: str, data: bytes) -> None:
+    """Create an object, and then try it again: some stores ignore the condition, and say nothing.
+
+    Raises:
+        UnsupportedOperation: the store does so; the object is removed.
+    """
+    if not store.create(name, data):
+        return
     try:
-        store.create_once(layout.MARKER, marker)
+        store.create_once(name, data)
     except ObjectExistsError:
         return
-    store.delete([layout.MARKER])
+    store.delete([name])
     raise UnsupportedOperation(
         f"{store.location}: {store.backend.name} overwrites an object that was to be created only "
-        "if it is absent, so writers would overwrite each other's versions; keep the registry on "
+        "if it is absent, so writers would overwrite what others wrote; keep the registry on "
         "another store"
     )

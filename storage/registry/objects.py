@@ -68,7 +68,7 @@ class ObjectStore:
         return map_parallel(function, items, budget.connections, budget)
 
     def check(self) -> None:
-        """Refuse a store on which two writers could not be told apart.
+        """Refuse to write to a store on which two writers could not be told apart.
 
         Raises:
             UnsupportedOperation: it lacks something that a registry needs.

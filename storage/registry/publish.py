@@ -26,6 +26,7 @@ from typing import Self, cast
 
 from storage.backends.base import BatchBackend, BatchItem
 from storage.errors import (
+    IntegrityError,
     InvalidInput,
     ObjectChangedError,
     StorageError,
@@ -38,8 +39,10 @@ from storage.registry.documents import (
     Version,
     VersionFile,
     content_id,
+    decode,
     encode,
     now,
+    read_fields,
 )
 from storage.registry.leases import Lease, condemned
 from storage.registry.log import Log, last_number
@@ -127,9 +130,7 @@ class PendingVersion:
     def _take(self, content: str = "", attempt: int = 0) -> None:
         """Take a lease on all files so far, and only then give back the one before it."""
         if self.model not in self._hints:
-            name = layout.catalog(self.model)
-            if self._store.info(name) is None:
-                self._store.create(name, encode({"model": self.model}))
+            self._catalog()
             self._hints[self.model] = 0
         lease = Lease.take(
             self._store,
@@ -145,6 +146,25 @@ class PendingVersion:
             # One that cannot be removed is no worse than one of somebody who died.
             with contextlib.suppress(StorageError):
                 old.release()
+
+    def _catalog(self) -> None:
+        """Enter the model into the catalog, unless it is there."""
+        name = layout.catalog(self.model)
+        mine = encode({"model": self.model})
+        data = self._store.read(name)
+        if data is None:
+            if self._store.create(name, mine):
+                return
+            data = self._store.read(name) or mine
+        where = self._store.where(name)
+        found = read_fields(decode(data, where), where, model=str)["model"]
+        if found != self.model:
+            # Two models in one folder would be the end of both.
+            raise InvalidInput(
+                f"{self._store.location} does not tell upper from lower case and has a model "
+                f"{found!r}; publish to that, or choose a name that differs from {self.model!r} "
+                "by more"
+            )
 
     def _release(self) -> None:
         lease, self._lease = self._lease, None
@@ -204,6 +224,10 @@ class PendingVersion:
     ) -> None:
         """Hash a file, or the files of a folder, as a part of the version; upload nothing yet."""
         patterns = Patterns(allow_patterns, ignore_patterns)
+        try:
+            path.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidInput(f"the folder {path!r} is not UTF-8; choose another path") from exc
         files = dict(self._files)
         for file in hash_files(os.fspath(source), path, patterns):
             other = files.setdefault(file.path, file)
@@ -269,7 +293,12 @@ class PendingVersion:
         index, document = found
         if "revoked" in document:
             return index, None
-        version = Version.read(document, self._store.where(layout.entry(prefix, index)))
+        where = self._store.where(layout.entry(prefix, index))
+        version = Version.read(document, where)
+        if (version.model, version.content) != (self.model, content):
+            raise IntegrityError(
+                f"{where} is damaged: it is version {version.number} of {version.model!r}"
+            )
         gone = self._store.info(layout.deleted(self.model, version.number))
         return index, version if gone is None else None
 
@@ -304,7 +333,7 @@ class PendingVersion:
                 raise
             raise TransferError(
                 f"{exc}; whether version {version.number} of {self.model!r} was published is not "
-                "known; publish it again, which gives the same version"
+                "known; publish it again: if it was, that gives the same version, else another one"
             ) from exc
         self._lease = lease
         return version

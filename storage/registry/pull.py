@@ -42,31 +42,29 @@ if TYPE_CHECKING:
     from storage.transfer.progress import Meter
     from storage.uri import Location
 
-__all__ = ["fetch_again", "pull", "pulled_location"]
+__all__ = ["Pull", "fetch_again", "make_pull", "pulled_location"]
 
 _PULLED = re.compile(
     rf"(?P<root>(?:.*/)?){layout.MODELS}(?P<model>[^/@]+)@(?P<reference>[^/@]+)/", re.DOTALL
 )
 
 
-def pull(
+def make_pull(
     registry: ModelRegistry,
     model: str,
     reference: int | str = layout.LATEST,
-    dest: str | os.PathLike[str] | None = None,
     *,
     allow_patterns: str | Iterable[str] | None = None,
     ignore_patterns: str | Iterable[str] | None = None,
     digest: str | Digest | None = None,
     **options: Any,
-) -> str:
-    """Bring a version here, verified; see :meth:`ModelRegistry.pull`.
+) -> Pull:
+    """Return what brings a version here, verified, once it runs; see :meth:`ModelRegistry.pull`.
 
     Args:
         registry: where it is.
         model: its name.
         reference: number or alias of the version.
-        dest: as for a download; the cache if ``None``.
         allow_patterns: only these paths.
         ignore_patterns: not these.
         digest: of the tree.
@@ -79,8 +77,7 @@ def pull(
         **options,
     )
     reference = layout.parse_reference(reference)
-    job = _Pull(registry, layout.check_model(model), reference, asked)
-    return job.run(None if dest is None else local_path(dest))
+    return Pull(registry, layout.check_model(model), reference, asked)
 
 
 def fetch_again(client: StorageClient, location: Location, options: DownloadOptions) -> str:
@@ -94,7 +91,7 @@ def fetch_again(client: StorageClient, location: Location, options: DownloadOpti
         registry = ModelRegistry(str(root), config=options.config, client=client)
         if registry.exists():
             reference = layout.parse_reference(found["reference"])
-            return _Pull(registry, found["model"], reference, options).run(None)
+            return Pull(registry, found["model"], reference, options).run(None)
     return Download(client, location, options).run(None)
 
 
@@ -106,7 +103,7 @@ def pulled_location(root: Location, model: str, reference: int | str) -> Locatio
     return replace(root, key=key, url=url, digest=None)
 
 
-class _Pull(Download):
+class Pull(Download):
     """A download of what a version consists of."""
 
     def __init__(
@@ -116,6 +113,7 @@ class _Pull(Download):
         reference: int | str,
         options: DownloadOptions,
     ) -> None:
+        """Keep the arguments; see :func:`make_pull`."""
         location = pulled_location(registry.location, model, reference)
         super().__init__(registry.client, location, options)
         if location.is_local and self.offline is True:
@@ -137,12 +135,42 @@ class _Pull(Download):
     def backend(self) -> Backend:
         return cast("Backend", _Blobs(super().backend, self._names))
 
-    def run(self, dest: str | None) -> str:
-        if dest is not None and self.location.is_local:
-            self.refuse_overlap(dest, self._registry.location, itself=True)
+    @property
+    def number(self) -> int | None:
+        """The number of the version that came; ``None`` if only an alias of it is known here."""
+        if self._version is not None:
+            return self._version.number
+        if isinstance(self._reference, int):
+            return self._reference
+        cache = self.client.cache
+        try:
+            ref = cache.ref(self.source)
+        except CacheShortfallError:
+            return None
+        if ref is None or ref.fingerprint is None:
+            return None
+        begin = str(pulled_location(self._registry.location, self._model, "")).removesuffix("/")
+        known = [
+            other.source.uri.removeprefix(begin).rstrip("/")
+            for root in cache.roots
+            for other in root.refs.all()
+            if other.fingerprint == ref.fingerprint and other.source.uri.startswith(begin)
+        ]
+        return max((int(tail) for tail in known if tail.isdecimal()), default=None)
+
+    def run(self, dest: str | os.PathLike[str] | None) -> str:
+        if dest is not None:
+            dest = local_path(dest)
+            if self.location.is_local:
+                self.refuse_overlap(dest, self._registry.location, itself=True)
         path = super().run(dest)
         self._note_number()
         return path
+
+    def from_cache(self, dest: str | None) -> str:
+        # An alias may be another version by now than what is here.
+        self._version = None
+        return super().from_cache(dest)
 
     def ask(self, location: Location) -> Plan:
         try:
@@ -151,7 +179,9 @@ class _Pull(Download):
             if location.is_local and self.offline == "auto" and not self._registry.exists():
                 # As a claim that is not mounted.
                 where = self._registry.location
-                raise UnreachableError(f"there is no registry at {where}") from exc
+                raise UnreachableError(
+                    f"there is no registry at {where}; check the URI, or whether it is mounted"
+                ) from exc
             raise
         if not any(self.patterns.wants(file.path) for file in version.files):
             raise ModelMissingError(

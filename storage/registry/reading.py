@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from storage.backends.base import ObjectInfo
-from storage.errors import IntegrityError, ModelMissingError, few
+from storage.errors import IntegrityError, ModelMissingError, UnsupportedOperation, few
 from storage.registry import aliases, layout
 from storage.registry.attributes import current
 from storage.registry.documents import Version
@@ -22,10 +22,20 @@ def models(store: ObjectStore) -> list[str]:
     """Return the names of all models that have a version, sorted."""
     names = map(layout.model_of, store.names(layout.CATALOG))
     known = [name for name in names if name is not None]
-    seen = store.map(partial(_listed, store), [layout.versions(model) for model in known])
-    gone = store.map(partial(_listed, store), [layout.deletions(model) for model in known])
-    found = zip(known, seen, gone, strict=True)
-    return sorted(model for model, there, deleted in found if there - deleted)
+    found = zip(known, store.map(partial(_is_seen, store), known), strict=True)
+    return sorted(model for model, is_seen in found if is_seen)
+
+
+def _is_seen(store: ObjectStore, model: str) -> bool:
+    """Tell whether a model has a version, by a look at one if that does."""
+    first = store.first_infos(layout.versions(model), 1)
+    if not first:
+        return False
+    number = layout.number_of(first[0][0])
+    if number is not None and store.info(layout.deleted(model, number)) is None:
+        return True
+    # One that somebody is about to remove, or died over.
+    return bool(_listed(store, layout.versions(model)) - _listed(store, layout.deletions(model)))
 
 
 def numbers(store: ObjectStore, model: str) -> list[int]:
@@ -65,21 +75,29 @@ def resolve(store: ObjectStore, model: str, reference: int | str) -> int:
     Raises:
         ModelMissingError: there is no such alias, or no version at all.
         InvalidInput: it cannot be one.
+        UnsupportedOperation: the store has no listings, by which the latest one is found.
     """
     wanted = layout.parse_reference(reference)
     if isinstance(wanted, int):
         return wanted
     if wanted == layout.LATEST:
+        if not _can_list(store):
+            raise UnsupportedOperation(
+                f"{store.location}: {store.backend.name} has no listings, by which the latest "
+                f"version of {model!r} would be found; name it by its number or an alias"
+            )
         there = numbers(store, model)
         if not there:
             raise missing_model(store, model)
         return there[-1]
     number = aliases.version_of(store, model, wanted)
     if number is None:
-        known = few(sorted(aliases.targets(store, model))) or "none"
+        known = ""
+        if _can_list(store):
+            known = f"; it has {few(sorted(aliases.targets(store, model))) or 'none'}"
         raise ModelMissingError(
             _name(store, model, wanted),
-            f"{store.location}: the model {model!r} has no alias {wanted!r}; it has {known}",
+            f"{store.location}: the model {model!r} has no alias {wanted!r}{known}",
         )
     return number
 
@@ -100,7 +118,7 @@ def find(store: ObjectStore, model: str, reference: int | str) -> Version:
         before, number = number, resolve(store, model, reference)
         if number == before:
             break
-    if not numbers(store, model):
+    if _can_list(store) and not numbers(store, model):
         raise missing_model(store, model)
     named = "" if str(reference) == str(number) else f", which {reference!r} is set to,"
     state = "was deleted" if is_gone else "is not there"
@@ -109,6 +127,10 @@ def find(store: ObjectStore, model: str, reference: int | str) -> Version:
         f"{store.location}: version {number} of {model!r}{named} {state}; "
         "`storage registry ls` lists those that are",
     )
+
+
+def _can_list(store: ObjectStore) -> bool:
+    return store.backend.capabilities.list
 
 
 def _look(store: ObjectStore, model: str, number: int) -> tuple[Version | None, bool]:

@@ -13,7 +13,7 @@ from storage.errors import InvalidInput, ModelMissingError
 from storage.registry import aliases, attributes, layout, marker, reading
 from storage.registry.aliases import ANY, AliasEntry, Expected
 from storage.registry.diff import VersionDiff, diff
-from storage.registry.documents import Parent, Version
+from storage.registry.documents import Parent, Version, encode
 from storage.registry.objects import ObjectStore
 from storage.uri import parse_uri
 
@@ -63,7 +63,7 @@ class ModelRegistry:
 
         Args:
             uri: a folder of a store that can create an object only if it is absent: S3, GCS,
-                Azure, the Hub, a claim, a directory, or memory.
+                Azure, the Hub, a claim, a directory, or memory. To read, of any store.
             config: for the store.
             client: moves the bytes; that of the facades if ``None``.
         """
@@ -105,14 +105,13 @@ class ModelRegistry:
         """
         return marker.is_there(self.store)
 
-    def _open(self, model: str | None = None) -> None:
-        """Check the name of a model, and that there is a registry; the latter once."""
+    def _open(self, model: str | None = None, *, to_write: bool = False) -> None:
+        """Check the name of a model, what the store can, and once that there is a registry."""
         if model is not None:
             layout.check_model(model)
-        if self._opened:
-            return
-        self.store.check()
-        if not self.exists():
+        if to_write:
+            self.store.check()
+        if not self._opened and not self.exists():
             raise ModelMissingError(
                 str(self.location),
                 f"there is no registry at {self.location}: expected {layout.MARKER} there; check "
@@ -330,11 +329,12 @@ class ModelRegistry:
         from storage.registry.publish import PendingVersion
 
         said = attributes.make_attributes(description, tags, configuration, metrics)
-        self._open(model)
+        self._open(model, to_write=True)
         if isinstance(parent, int):
             parent = self.find(model, parent).number
         elif parent is not None and not isinstance(parent, str):
             raise InvalidInput(f"a parent is the number of a version, or a text, not {parent!r}")
+        encode({"parent": parent})  # now, and not after all was uploaded
         return PendingVersion(self.store, model, said, parent, self._hints)
 
     def update(
@@ -361,6 +361,7 @@ class ModelRegistry:
         Returns:
             The version with what is said of it now.
         """
+        self._open(model, to_write=True)
         return attributes.change(
             self.store,
             self.find(model, reference),
@@ -396,6 +397,7 @@ class ModelRegistry:
             ModelMissingError: there is no such version.
         """
         layout.check_alias(alias)
+        self._open(model, to_write=True)
         number = self.find(model, version).number
         aliases.set_alias(self.store, model, alias, number, expected)
         return number
@@ -406,7 +408,7 @@ class ModelRegistry:
         Raises:
             ObjectChangedError: it is set to something else than ``expected``; nothing is changed.
         """
-        self._open(model)
+        self._open(model, to_write=True)
         aliases.set_alias(self.store, model, layout.check_alias(alias), None, expected)
 
     def aliases(self, model: str) -> dict[str, int]:
@@ -443,9 +445,9 @@ class ModelRegistry:
             IntegrityError: what arrived is not what was published; nothing is handed over.
             OfflineError: the store may not be asked, and the cache does not have the version.
         """
-        from storage.registry.pull import pull
+        from storage.registry.pull import make_pull
 
-        return pull(self, model, reference, dest, **options)
+        return make_pull(self, model, reference, **options).run(dest)
 
     def delete(self, model: str, version: int, *, force: bool = False) -> None:
         """Delete a version, for good. Its number is not given again.
@@ -463,7 +465,7 @@ class ModelRegistry:
         """
         from storage.registry.deletion import delete_version
 
-        self._open(model)
+        self._open(model, to_write=True)
         number = layout.parse_reference(version)
         if not isinstance(number, int):
             raise InvalidInput(f"a version is deleted by its number, not by the alias {version!r}")
@@ -482,5 +484,5 @@ class ModelRegistry:
         from storage.registry.gc import collect
         from storage.registry.leases import GRACE
 
-        self._open()
+        self._open(to_write=True)
         return collect(self.store, grace=GRACE if grace is None else grace, dry_run=dry_run)

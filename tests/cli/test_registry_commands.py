@@ -169,6 +169,24 @@ def test_pull_says_what_moved(
     assert "here already" in run("pull", uri, "iris").err
 
 
+@pytest.mark.filterwarnings("default:.*the cached copy is used")
+def test_pull_tells_the_number_of_an_alias_offline_too(
+    run: Inside, uri: str, registry: ModelRegistry, tmp_path: Path
+) -> None:
+    def number(*args: str | Path) -> object:
+        return run("pull", uri, *args, "--json").json["number"]
+
+    assert number("iris@1", tmp_path / "out") == number("iris@production") == 1
+    assert number("iris") == 2
+    assert number("iris@production", "--freshness", "cache-first") == 1
+    registry.set_alias("iris", "production", 2)
+    (tmp_path / "registry").rename(tmp_path / "elsewhere")
+    assert number("iris@production", "--offline") == 1
+    assert number("iris", tmp_path / "other", "--offline") == 2
+    assert main(["cache", "rm", f"{uri}/models/iris@1/"]) == 0
+    assert number("iris@production", "--offline") is None
+
+
 def test_pull_takes_the_options_of_a_download(
     run: Inside, uri: str, registry: ModelRegistry, tmp_path: Path
 ) -> None:
@@ -237,6 +255,17 @@ def test_show_describes_a_version(run: Inside, uri: str, registry: ModelRegistry
     assert (document["number"], document["description"]) == (2, "better")
     assert [file["path"] for file in document["files"]] == sorted(NEXT)
     assert set(document["files"][0]) == {"path", "size", "blake3", "sha256"}
+
+
+def test_texts_of_many_lines_are_shown_in_one(
+    run: Inside, uri: str, registry: ModelRegistry
+) -> None:
+    registry.update("iris", 2, description="better\n+ model.bin", tags={"why": "a\r\nb"})
+    shown = run("show", uri, "iris").lines
+    assert "description: better + model.bin" in shown
+    assert "tags.why: a b" in shown
+    assert ": description:  -> better + model.bin" in run("diff", uri, "iris", "1").lines
+    assert run("ls", uri, "iris").lines[1].endswith("better + model.bin")
 
 
 def test_diff_tells_what_changed(run: Inside, uri: str, registry: ModelRegistry) -> None:

@@ -86,7 +86,7 @@ class PlainClient:
             self._arkindex.url.rstrip("/") + path.replace("{id}", id),
             json=body,
             headers={"Authorization": f"Token {TOKEN}"},
-            timeout=30,
+            timeout=180,
         )
         content = answer.json() if answer.content else None
         if answer.status_code >= 400:

@@ -1,6 +1,8 @@
 """The side of MLflow: a process of its interpreter, which finds this library as a plug-in."""
 
+import contextlib
 import functools
+import io
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +41,7 @@ def read_model_file(server, name, source, path):
     answer = requests.get(
         f"{server}/model-versions/get-artifact",
         params={"name": name, "version": version, "path": path},
-        timeout=60,
+        timeout=180,
     )
     return [answer.status_code, answer.text]
 
@@ -115,6 +117,25 @@ def run(root, params, texts, files, folder):
     return {"run": active.info.run_id, "uri": found.info.artifact_uri}
 
 
+def command(arguments):
+    """Run MLflow's command; return what it prints."""
+    from mlflow.cli import cli
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        cli.main(arguments, "mlflow", standalone_mode=False)
+    return printed.getvalue()
+
+
+def in_application(uri):
+    """Take the repository of a URI as MLflow's application does for those who ask it."""
+    from mlflow.server import app
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    with app.app_context():
+        return repr(get_artifact_repository(uri))
+
+
 def log_in_threads(uri, files):
     """Log files by several threads, of one repository."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -157,7 +178,7 @@ def predict(uri, numbers):
 
 
 tasks = (
-    *(class_for, client, download, log_in_threads, log_model, predict, read_model_file),
-    *(repository, run, track),
+    *(class_for, client, command, download, in_application, log_in_threads, log_model, predict),
+    *(read_model_file, repository, run, track),
 )
 serve({"prepare": prepare} | {task.__name__: coded(task) for task in tasks})

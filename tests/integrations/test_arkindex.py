@@ -523,6 +523,22 @@ def test_a_conflict_must_name_an_available_version(
     assert list(arkindex.versions) == [unfinished["id"]]
 
 
+@pytest.mark.parametrize("said", [["Required."], "../model", "a?b=c", ["Must", "be"], None])
+def test_what_is_wrong_with_an_id_is_no_id(
+    client: Any, arkindex: Arkindex, folder: Path, said: Any
+) -> None:
+    class Strict:
+        def request(self, operation: str, **parameters: Any) -> Any:
+            if operation == "PartialUpdateModelVersion":
+                raise Refused(400, {"id": said})
+            return client.request(operation, **parameters)
+
+    with pytest.raises(InvalidInput, match="answered 400: id "):
+        publish_model_version(Strict(), folder, MODEL)
+    assert {one.id for one in arkindex.asked} == {MODEL, *arkindex.made}
+    assert arkindex.versions == {}
+
+
 def test_a_version_with_another_archive_is_not_taken_for_ours(
     client: Any, arkindex: Arkindex, folder: Path
 ) -> None:

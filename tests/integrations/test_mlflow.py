@@ -421,6 +421,31 @@ def test_a_name_that_means_something_else_is_refused(
             mlflow("repository", uri=f"modelstorage-{root}", method=method, arguments=[argument])
 
 
+def test_a_password_of_a_uri_is_in_no_message(mlflow: Peer) -> None:
+    uri = "modelstorage-sftp://user:a-secret-word@host/place"
+    assert "@host/place" in mlflow("repository", uri=uri, method="__repr__")
+    assert "a-secret-word" not in mlflow("repository", uri=uri, method="__repr__")
+    for wrong in (f"{uri}?a", f"{uri}/../a", f"{uri}#a"):
+        with pytest.raises(PeerError, match="INVALID_PARAMETER_VALUE") as caught:
+            mlflow("class_for", uri=wrong)
+        assert "a-secret-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+def test_an_artifact_that_is_logged_onto_itself_stays(
+    mlflow: Peer, store: Store, logged: Run, tmp_path: Path
+) -> None:
+    root = tmp_path / "the store" / logged.below
+    for method, arguments in (
+        ("log_artifact", [str(root / "folder" / "empty"), "folder"]),
+        ("log_artifact", [str(root / "a file.bin")]),
+        ("log_artifacts", [str(root / "folder"), "folder"]),
+        ("log_artifacts", [str(root)]),
+    ):
+        mlflow("repository", uri=logged.uri, method=method, arguments=arguments)
+        assert tree_bytes(root) == EXPECTED
+
+
 @pytest.mark.parametrize("store", ["file"], indirect=True)
 def test_destinations_are_those_of_mlflow(
     mlflow: Peer, store: Store, logged: Run, tmp_path: Path
@@ -444,6 +469,31 @@ def test_a_folder_without_a_file_stores_nothing(mlflow: Peer, store: Store, tmp_
     assert store.keys() == []
     with pytest.raises(PeerError, match=r"^MlflowException: INVALID_PARAMETER_VALUE: "):
         mlflow("repository", uri=uri, method="log_artifacts", arguments=arguments("missing"))
+
+
+# -- MLflow's own command --------------------------------------------------------------------
+
+
+@on_two_stores
+def test_the_command_of_mlflow_works(
+    mlflow: Peer, around: Surroundings, store: Store, logged: Run, out: Path
+) -> None:
+    # It imports what the server is made of.
+    mlflow("command", arguments=["artifacts", "download", "-r", logged.id, "-d", str(out)])
+    assert tree_bytes(out) == EXPECTED
+    mlflow("command", arguments=["artifacts", "log-artifact", "-r", logged.id, "-l", __file__])
+    assert f"{logged.below}/{Path(__file__).name}" in keys_of(store)
+    mlflow("client", method="delete_run", arguments={"run_id": logged.id})
+    database = around.environment["MLFLOW_TRACKING_URI"]
+    gc = ["gc", "--backend-store-uri", database, "--run-ids", logged.id]
+    mlflow("command", arguments=gc)
+    assert store.keys() == []
+
+
+def test_the_application_of_a_server_is_known_without_its_command(mlflow: Peer) -> None:
+    with pytest.raises(PeerError, match=r"INVALID_PARAMETER_VALUE: .*only below its own"):
+        mlflow("in_application", uri="modelstorage-file:///etc")
+    assert "s3://bucket/a" in mlflow("in_application", uri="modelstorage-s3://bucket/a")
 
 
 # -- entry points ----------------------------------------------------------------------------

@@ -92,6 +92,13 @@ def test_names_that_would_be_taken_for_something_else_are_refused(
         iris.delete_alias("iris", alias)
 
 
+def test_a_number_that_is_absurd_is_refused(iris: ModelRegistry) -> None:
+    with pytest.raises(InvalidInput):
+        iris.show("iris", "9" * 5000)
+    with pytest.raises(ModelMissingError):
+        iris.show("iris", "9" * 200)
+
+
 def test_an_alias_needs_a_version_that_is_there(iris: ModelRegistry) -> None:
     with pytest.raises(ModelMissingError, match="version 7 of 'iris' is not there"):
         iris.set_alias("iris", "production", 7)
@@ -110,9 +117,20 @@ def test_an_alias_goes_back_if_somebody_deletes_the_version_meanwhile(
         iris.set_alias("iris", "production", before)
     iris.store.create(layout.entry(f"models/iris/{mark}", 1), encode({}))
     # As if it was looked at before the mark was there.
-    with pytest.raises(ModelMissingError, match="is being deleted; the alias 'production'"):
+    with pytest.raises(
+        ModelMissingError, match="is being deleted; the alias 'production' was not set to it"
+    ):
         set_alias(iris.store, "iris", "production", 1)
     assert iris.aliases("iris").get("production") == before
+
+
+def test_an_alias_does_not_go_back_to_what_was_deleted_meanwhile(iris: ModelRegistry) -> None:
+    iris.set_alias("iris", "production", 2)
+    for number in (1, 2):
+        iris.store.create(layout.deleted("iris", number), encode({}))
+    with pytest.raises(ModelMissingError, match="is being deleted"):
+        set_alias(iris.store, "iris", "production", 1)
+    assert iris.aliases("iris") == {}
 
 
 @pytest.mark.parametrize("reference", ["production", "latest"])

@@ -11,6 +11,9 @@ from storage import InvalidInput, ModelMissingError
 from storage.registry import Attributes, ModelRegistry
 from tests.registry.conftest import MakeFolder
 
+ITSELF: dict[str, Any] = {}
+ITSELF["inner"] = [ITSELF]
+
 
 @pytest.fixture
 def iris(here: ModelRegistry, folder: MakeFolder) -> ModelRegistry:
@@ -89,6 +92,7 @@ def test_changes_of_many_at_once_are_all_there(iris: ModelRegistry) -> None:
         {"metrics": {"loss": float("nan")}},
         {"metrics": {"loss": float("inf")}},
         {"metrics": {"loss": True}},
+        {"metrics": {"loss": 10**400}},
         {"metrics": {"loss": "0.5"}},
         {"tags": "word"},
         {"tags": {"a": 1}},
@@ -98,6 +102,7 @@ def test_changes_of_many_at_once_are_all_there(iris: ModelRegistry) -> None:
         {"configuration": {1: "x"}},
         {"configuration": {"x": [{2: "y"}]}},
         {"configuration": {"half": "\ud800"}},
+        {"configuration": ITSELF},
         {"description": 3},
     ],
 )
@@ -110,6 +115,28 @@ def test_what_cannot_be_written_down_is_refused_before_a_byte_is_sent(
     with pytest.raises(InvalidInput):
         iris.update("iris", **said)
     assert iris.store.names("") == before
+
+
+@pytest.mark.parametrize("name", ["document", "where", "self", "", "ü ß"])
+def test_a_metric_and_a_key_can_have_any_name(
+    here: ModelRegistry, folder: MakeFolder, name: str
+) -> None:
+    said: dict[str, Any] = {"metrics": {name: 1}, "configuration": {name: 2}}
+    said |= {"tags": {name: "x"}} if name else {}
+    here.push("iris", folder({"model": b"1"}), **said)
+    found = here.show("iris").attributes
+    assert (found.metrics, found.configuration) == ({name: 1}, {name: 2})
+    assert here.update("iris", **said).attributes == found
+
+
+@pytest.mark.parametrize("parent", ["\ud800", True, 1.5, b"x"])
+def test_a_parent_that_cannot_be_written_down_is_refused_before_a_byte_is_sent(
+    here: ModelRegistry, folder: MakeFolder, parent: Any
+) -> None:
+    before = here.store.names("")
+    with pytest.raises(InvalidInput):
+        here.push("iris", folder({"model": b"1"}), parent=parent)
+    assert here.store.names("") == before
 
 
 def test_nothing_is_said_of_a_version_that_is_not_there(iris: ModelRegistry) -> None:

@@ -1,4 +1,4 @@
-"""The examples of the page about the registry run, in the order in which they are there."""
+"""The examples of the page about the registry and of the README run as they are written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import storage
 import storage.facade
 
-_PAGE = Path(storage.__file__).parents[1] / "docs" / "registry.md"
+_ROOT = Path(storage.__file__).parents[1]
+_PAGE = _ROOT / "docs" / "registry.md"
 
 
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +32,19 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     registry = names["registry"]
     assert registry.numbers("iris") == [1, 2]
     assert registry.aliases("iris") == {"production": 2}
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.facade, "_client", None)
+    blocks = re.findall(r"```python\n(.*?)```", (_ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "ModelRegistry" in block)
+    model = tmp_path / "iris"
+    model.mkdir()
+    (model / "weights.bin").write_bytes(bytes(1000))
+    block = block.replace("s3://models/", f"memory://{tmp_path.name}/").replace(
+        "/srv/iris", str(model)
+    )
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert Path(names["path"], "weights.bin").read_bytes() == bytes(1000)
+    assert names["version"].attributes.metrics == {"accuracy": 0.97}

@@ -12,6 +12,7 @@ import pytest
 from storage import InvalidInput, ModelMissingError, StorageClient
 from storage.backends.local.backend import LocalBackend
 from storage.registry import ModelRegistry, Version, layout
+from storage.registry.documents import encode
 from tests.registry.conftest import MakeFolder
 
 MANY = 10_000
@@ -162,5 +163,10 @@ def test_models_are_those_with_versions(here: ModelRegistry, folder: MakeFolder)
         here.push(model, folder({"model": model.encode()}))
     here.delete("gone", 1)
     here.begin("begun").abort()
+    # As if those who deleted them had died in between.
+    here.push("half-gone", folder({"model": b"1"}))
+    here.store.create(layout.deleted("half-gone", 1), encode({}))
+    here.push("tulip", folder({"model": b"2"}))
+    here.store.create(layout.deleted("tulip", 1), encode({}))
     assert here.models() == ["iris", "tulip"]
     assert isinstance(here.show("tulip"), Version)

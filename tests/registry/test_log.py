@@ -46,7 +46,7 @@ def test_of_two_who_append_to_the_same_entry_one_loses(registry: ModelRegistry) 
     log.append({"value": "first"}, 0)
     with pytest.raises(ObjectChangedError, match="written by somebody else"):
         log.append({"value": "first"}, 0)
-    assert len(list(log.entries())) == 1
+    assert len(log.entries()) == 1
 
 
 def test_each_of_many_appends_is_there_once(store: ObjectStore) -> None:

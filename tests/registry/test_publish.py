@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import tracemalloc
@@ -24,7 +25,7 @@ from storage.backends.base import Backend, Payload
 from storage.backends.memory import MemoryBackend
 from storage.digest import hash_file
 from storage.registry import ModelRegistry, PendingVersion, layout, publish, sources
-from storage.registry.documents import Version, content_id, now
+from storage.registry.documents import Version, content_id, encode, now
 from storage.registry.leases import CollectionDocument, Lease, list_leases, revoke
 from storage.registry.log import Log
 from storage.uri import Location
@@ -339,11 +340,80 @@ def test_a_commit_of_unknown_outcome_keeps_its_lease_and_is_found_again(
             raise TransferError("no answer")
 
     meddled.after = lose
-    with pytest.raises(TransferError, match="is not known; publish it again"):
+    with pytest.raises(TransferError, match="again: if it was, that gives the same version, else"):
         memory.push("iris", folder(FILES))
     assert len(memory.pending()) == 1
     meddled.after = lambda key: None
     assert memory.push("iris", folder(FILES)).number == 1
+
+
+def test_a_commit_that_did_not_go_through_is_another_version_when_it_is_published_again(
+    memory: ModelRegistry, meddled: Meddled, folder: MakeFolder
+) -> None:
+    def refuse(key: str) -> None:
+        if "/contents/" in key:
+            raise TransferError("no answer")
+
+    meddled.before = refuse
+    with pytest.raises(TransferError, match="same version, else another one"):
+        memory.push("iris", folder(FILES))
+    meddled.before = lambda key: None
+    assert memory.push("iris", folder(FILES)).number == 2
+    assert memory.numbers("iris") == [2]
+
+
+def test_a_commit_of_another_model_is_damage(here: ModelRegistry, folder: MakeFolder) -> None:
+    here.push("iris", folder(FILES))
+    for name in here.store.names("models/iris/"):
+        data = here.store.read(name)
+        assert data is not None
+        here.store.create(name.replace("iris", "tulip"), data)
+    with pytest.raises(IntegrityError, match="is damaged: it is version 1 of 'iris'"):
+        here.push("tulip", folder(FILES))
+
+
+def test_a_store_that_does_not_tell_upper_from_lower_case_has_one_model_of_a_name(
+    here: ModelRegistry, folder: MakeFolder
+) -> None:
+    # What such a store has by that name is what was written by the other one.
+    here.store.create(layout.catalog("iris"), encode({"model": "Iris"}))
+    before = here.store.names("")
+    with pytest.raises(InvalidInput, match="has a model 'Iris'; publish to that"):
+        here.push("iris", folder(FILES))
+    assert here.store.names("") == before
+
+
+@pytest.mark.parametrize("moment", ["before", "after", "deleting"])
+def test_an_interrupt_leaves_no_lease_that_is_renewed(
+    memory: ModelRegistry, meddled: Meddled, folder: MakeFolder, moment: str
+) -> None:
+    left = 0
+
+    def interrupt(key: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            setattr(meddled, moment, lambda key: None)
+            raise KeyboardInterrupt
+
+    for step in itertools.count():
+        left = step
+        setattr(meddled, moment, interrupt)
+        try:
+            memory.push("iris", folder({"step": b"%d" % step}))
+        except KeyboardInterrupt:
+            assert "registry lease" not in [thread.name for thread in threading.enumerate()]
+        else:
+            break
+    assert step > 0
+
+
+@pytest.mark.parametrize("path", ["../up", "a\0b", "\ud800", "./a", "a//b"])
+def test_a_folder_that_no_version_can_have_is_refused(
+    here: ModelRegistry, folder: MakeFolder, path: str
+) -> None:
+    with here.begin("iris") as pending, pytest.raises(InvalidInput):
+        pending.add(folder(FILES), path)
 
 
 def test_a_number_whose_commit_is_of_unknown_outcome_is_not_used_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from storage import (
 from storage.registry import ModelRegistry, layout
 from tests.facade.stores import BucketStore, MemoryStore, S3Store, Store, s3_config
 from tests.registry.conftest import MakeFolder, OpenRegistry
-from tests.servers import S3Server
+from tests.servers import NginxHTTP, S3Server
 
 FILES = {"model.bin": b"weights" * 1000, "config/params.json": b"{}", "empty": b"", "ü +%#": b"x"}
 
@@ -166,7 +167,34 @@ def test_a_store_without_conditions_is_refused(uri: str) -> None:
     with pytest.raises(UnsupportedOperation, match="only if it is absent"):
         ModelRegistry(uri).init()
     with pytest.raises(UnsupportedOperation, match="only if it is absent"):
-        ModelRegistry(uri).models()
+        ModelRegistry(uri).delete_alias("iris", "production")
+
+
+def test_a_store_that_can_only_be_read_is_read_by_number_and_alias(
+    nginx_http: NginxHTTP, prefix: str, tmp_path: Path, folder: MakeFolder
+) -> None:
+    writer = ModelRegistry(nginx_http.data / prefix)
+    writer.init()
+    for index in range(3):
+        writer.push("iris", folder(FILES | {"index": b"%d" % index}))
+    writer.set_alias("iris", "production", 1)
+    writer.set_alias("iris", "production", 2)
+    writer.update("iris", 2, description="better")
+    writer.delete("iris", 3)
+
+    reader = ModelRegistry(f"{nginx_http.endpoint}/{prefix}")
+    for reference in (2, "production"):
+        path = Path(reader.pull("iris", reference, tmp_path / str(reference)))
+        assert (path / "index").read_bytes() == b"1"
+        assert reader.show("iris", reference).attributes.description == "better"
+    with pytest.raises(ModelMissingError, match="version 3 of 'iris' was deleted"):
+        reader.show("iris", 3)
+    with pytest.raises(ModelMissingError, match=r"has no alias 'staging'$"):
+        reader.pull("iris", "staging")
+    with pytest.raises(UnsupportedOperation, match="name it by its number or an alias"):
+        reader.pull("iris")
+    with pytest.raises(UnsupportedOperation, match="only if it is absent"):
+        reader.push("iris", folder(FILES))
 
 
 def test_a_whole_bucket_can_be_a_registry(folder: MakeFolder) -> None:

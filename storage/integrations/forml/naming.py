@@ -104,16 +104,29 @@ def _part(name: Any) -> str:
 
 def project_of(name: str) -> str | None:
     """Return the project that the name of a release holds; ``None`` if it is no such name."""
-    parts = name.removeprefix(RELEASES).split("/")
-    return unquote(parts[0]) if len(parts) == 2 and name.endswith(".json") else None
+    found = _release_of(name)
+    return None if found is None else found[0]
 
 
 def release_of(name: str) -> str | None:
     """Return the version that the name of a release holds; ``None`` if it is no such name."""
-    return unquote(layout.last_part(name)) if project_of(name) is not None else None
+    found = _release_of(name)
+    return None if found is None else found[1]
+
+
+def _release_of(name: str) -> tuple[str, str] | None:
+    project, _, version = map(
+        unquote, name.removeprefix(RELEASES).removesuffix(".json").partition("/")
+    )
+    try:
+        asset.Release.Key(version)
+        # What somebody else put there is not in the way of the rest.
+        return (project, version) if release(project, version) == name else None
+    except asset.Level.Key.Invalid:
+        return None
 
 
 def application_of(name: str) -> str | None:
     """Return the application that the name of a descriptor holds, if it is one."""
-    found = name.removeprefix(APPLICATIONS)
-    return unquote(found[:-3]) if found.endswith(".py") and "/" not in found else None
+    found = unquote(name.removeprefix(APPLICATIONS).removesuffix(".py"))
+    return found if found and application(found) == name else None

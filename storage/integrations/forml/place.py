@@ -17,13 +17,12 @@ from storage.errors import (
     BucketMissingError,
     IntegrityError,
     ModelMissingError,
-    ObjectExistsError,
     UnreachableError,
-    UnsupportedOperation,
 )
 from storage.facade import default_client
 from storage.integrations.forml import naming
 from storage.registry.documents import decode, encode
+from storage.registry.marker import create_marker
 from storage.registry.objects import ObjectStore
 from storage.transfer import events
 from storage.transfer.progress import Meter
@@ -116,20 +115,8 @@ class Place:
             UnsupportedOperation: it creates no objects only if they are absent, or says so and
                 overwrites them.
         """
-        objects = self.objects
-        objects.check()
-        marker = encode({})
-        objects.create(naming.MARKER, marker)
-        try:
-            objects.create_once(naming.MARKER, marker)
-        except ObjectExistsError:
-            return
-        objects.delete([naming.MARKER])
-        raise UnsupportedOperation(
-            f"{self.location}: {objects.backend.name} overwrites an object that was to be created "
-            "only if it is absent, so writers would overwrite each other's generations; keep the "
-            "registry on another store"
-        )
+        self.objects.check()
+        create_marker(self.objects, naming.MARKER, encode({}))
 
     def send(self, name: str, data: bytes, content_type: str, *, if_absent: bool) -> None:
         """Write an object."""

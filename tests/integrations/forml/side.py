@@ -6,15 +6,19 @@ import io
 import multiprocessing
 import os
 import pickle
+import queue
 import shutil
 import signal
 import sys
+import time
 import uuid
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# Seconds for what takes one or two; shorter than what a test may take.
+WAIT = 180
 sys.path[:0] = [
     str(HERE.parents[2]),
     str(HERE / "inside"),
@@ -219,6 +223,26 @@ def _closer(uri, project, version, name, count, answers):
     answers.put(lost)
 
 
+def _collect(answers, count, processes):
+    """Return ``count`` answers of processes, and see them end; all of them are ended on failure."""
+    deadline = time.monotonic() + WAIT
+    found = []
+    try:
+        while len(found) < count:
+            with contextlib.suppress(queue.Empty):
+                found.append(answers.get(timeout=1))
+                continue
+            codes = [process.exitcode for process in processes]
+            if any(codes) or time.monotonic() > deadline:
+                raise RuntimeError(f"{len(found)} of {count} answers, exit codes {codes}")
+        for process in processes:
+            process.join(timeout=WAIT)
+    finally:
+        for process in processes:
+            process.kill()
+    return found
+
+
 def close_at_once(uri, project, version, processes, count):
     """Let several processes close generations; return number and states of each, and losses."""
     context = multiprocessing.get_context("fork")
@@ -229,9 +253,7 @@ def close_at_once(uri, project, version, processes, count):
     ]
     for closer in closers:
         closer.start()
-    found = [answers.get(timeout=120) for _ in range(processes * (count + 1))]
-    for closer in closers:
-        closer.join(timeout=60)
+    found = _collect(answers, processes * (count + 1), closers)
     return {
         "closed": [each for each in found if isinstance(each, list)],
         "lost": sum(each for each in found if isinstance(each, int)),
@@ -252,9 +274,7 @@ def _at_once(task, calls):
     running = [context.Process(target=run, args=call) for call in enumerate(calls)]
     for process in running:
         process.start()
-    found = [answers.get(timeout=60) for _ in running]
-    for process in running:
-        process.join(timeout=60)
+    found = _collect(answers, len(running), running)
     return [
         {"value": value, "raised": raised}
         for _, value, raised in sorted(found, key=lambda answer: answer[0])
@@ -291,7 +311,11 @@ def killed(task, before, arguments):
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    process.join(timeout=60)
+    process.join(timeout=WAIT)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise RuntimeError(f"{task} was still running after {WAIT} s")
     return process.exitcode
 
 
@@ -311,7 +335,7 @@ def pickled(uri, stagings, project, version, generation):
             registry = _registry(uri, staging)
             registry.open(project, version, generation)  # it has connections
             arguments = (pickle.dumps(registry), project, version, generation)
-            pid, states, text = pool.submit(_elsewhere, *arguments).result(timeout=60)
+            pid, states, text = pool.submit(_elsewhere, *arguments).result(timeout=WAIT)
             back = pickle.loads(text)
             inventory = _inventory(uri)
             answers.append(

@@ -153,3 +153,23 @@ def test_odd_names_are_kept(forml: Peer, store: Store, tmp_path: Path) -> None:
         found = forml("states", uri=store.base, project=name, version="1!2+local.1", generation=1)
         assert found["states"] == [name]
     assert forml("levels", uri=store.base) == {name: {"1!2+local.1": [1]} for name in names}
+
+
+@on_two_stores
+def test_what_others_put_there_is_not_listed(forml: Peer, pushed: Store) -> None:
+    expected = forml("levels", uri=pushed.base)
+    for name in (
+        f"releases/{NAME}/notes.json",
+        f"releases/{NAME}/1.3/notes.json",
+        # As this library would not spell it.
+        f"releases/{NAME}/1.3.0.json",
+        "releases/other/README.txt",
+        "releases/notes.json",
+        f"generations/{NAME}/1.2/notes.json",
+        "applications/notes.txt",
+        "applications/a b.py",
+        "applications/.py",
+    ):
+        pushed.put_raw(name, b"{}")
+    assert forml("levels", uri=pushed.base) == expected == {NAME: {"1.2": []}}
+    assert forml("applications", uri=pushed.base) == []
