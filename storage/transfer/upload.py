@@ -231,6 +231,10 @@ def _check_unchanged(
         now = (-1, -1)
     if now == (file.size, file.mtime_ns) and info.size == file.size:
         return
+    stored = backend.local_path(key)
+    if stored is not None and os.path.exists(stored) and os.path.samefile(stored, file.local):
+        # It was put onto itself, all of it. Its object must not be removed: it is the file.
+        return
     retry.run(partial(backend.delete, [key]))
     raise IntegrityError(
         f"{file.local} changed while it was being uploaded; its object was removed again; "

@@ -89,6 +89,17 @@ def test_what_is_there_is_replaced_and_other_names_stay(store: Store, source: Pa
     assert store.get_raw("m/other") == b"kept"
 
 
+@pytest.mark.parametrize("link", [False, True], ids=["itself", "a link to it"])
+def test_what_is_put_onto_itself_stays(tmp_path: Path, source: Path, link: bool) -> None:
+    given = source
+    if link:
+        given = tmp_path / "link"
+        given.symlink_to(source)
+    Storage.upload(given, str(source))
+    Storage.upload(given / "model.bin", str(source / "model.bin"))
+    assert tree_bytes(source) == FILES
+
+
 def test_without_overwrite_an_object_is_made_once(store: Store, source: Path) -> None:
     uri, config = store.uri("m/model.bin"), store.config
     Storage.upload(source / "model.bin", uri, config=config, overwrite=False)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Self
 
 HOST = "127.0.0.1"
-START_TIMEOUT = 60.0
+# A busy machine takes its time. Shorter than what a test may take.
+START_TIMEOUT = 180.0
 STOP_TIMEOUT = 15.0
 GRPC_OFFSET = 10_000
 
