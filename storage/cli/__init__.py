@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from storage.cli.arguments import MisuseError
 from storage.cli.output import Output, ReaderGoneError
 from storage.cli.parser import build_parser
-from storage.errors import StorageError
+from storage.errors import DestinationError, StorageError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -53,9 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _MISUSED
     except SystemExit as exc:  # --help and --version
         return exc.code if isinstance(exc.code, int) else 0
+    except ReaderGoneError:
+        return int(_READER_GONE)
+    except DestinationError as exc:
+        output.error(type(exc).__name__, str(exc))
+        return _FAILED
     except KeyboardInterrupt:
         output.error("Interrupted", "interrupted")
-        return _INTERRUPTED
+        return int(_INTERRUPTED)
     return _run(args, Output(as_json=args.json, quiet=args.quiet))
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from storage.cli.output import Output
 from storage.errors import InvalidInput
 from storage.uri import parse_uri
 
@@ -46,6 +47,10 @@ class Parser(argparse.ArgumentParser):
         command = self.prog.partition(" ")[2]
         where = f"{command}: " if command else ""
         raise MisuseError(f"{where}{message}; see {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # Help is a result like others: its reader may go away.
+        Output().write(message.encode())
 
 
 class CommandParser(Parser):

@@ -8,6 +8,7 @@ Nothing of it holds a credential.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -90,8 +91,7 @@ class Output:
         if sys.stdout is None:
             raise DestinationError("standard output is closed; redirect it to somewhere")
         try:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            _write_through(sys.stdout, data)
         except BrokenPipeError as exc:
             raise ReaderGoneError from exc
         except OSError as exc:
@@ -403,5 +403,20 @@ def _is_terminal(stream: TextIO | None) -> bool:
 def _write_stderr(line: str) -> None:
     # Nobody can be told that telling failed.
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+        _write_through(sys.stderr, f"{line}\n".encode(sys.stderr.encoding, "backslashreplace"))
+
+
+def _write_through(stream: TextIO, data: bytes | memoryview) -> None:
+    """Write bytes past the buffers of a stream.
+
+    What is left in them after a failure Python would write once more when it ends, and fail
+    again, with an exit status of its own.
+    """
+    stream.flush()
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    rest = memoryview(data)
+    while rest:
+        count = raw.write(rest)
+        if count is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        rest = rest[count:]

@@ -31,7 +31,7 @@ def behind(
     with FaultProxy(server.endpoint, script, store="s3") as proxy:
         found = S3Config(endpoint_url=proxy.endpoint, **config)
         uri = parse_uri(f"s3://{bucket}/")
-        with closing(open_backend(uri, found, OpenOptions(stall_timeout=5.0))) as backend:
+        with closing(open_backend(uri, found, OpenOptions())) as backend:
             yield backend, proxy
 
 

@@ -138,6 +138,7 @@ class Containers:
         if not contestant.ours:
             environment.pop("PYTHONPATH", None)
         os.sync()
+        _read(source)
         run = measure(Command(argv, environment, self._timings), home, self._timeout)
         # An interpreter and a framework take their time to start, and that is another matter.
         return run if run.fault else replace(run, seconds=run.transfer_seconds or 0.0)
@@ -179,6 +180,12 @@ class Containers:
                     name = os.path.basename(member.name)
                     found[name] = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
         return None if found == expected else f"holds {sorted(found)}, or these with other bytes"
+
+
+def _read(source: Path) -> None:
+    """Read a file or a folder, so that nobody waits for a disk; memory may have been taken back."""
+    for path in source.iterdir() if source.is_dir() else [source]:
+        _sha256(path)
 
 
 def _sha256(path: Path) -> str:

@@ -341,7 +341,8 @@ def _method(session: Session) -> str:
   *CPU* is processor time of the process and its children, the server's not included.
 - *Peak* is the largest resident memory in any run, from the kernel; for contestants that start
   processes at least the sampled sum over all of them, shared pages counted once.
-- Before each run the destination is removed and the disk is synced. After each run the result is
+- Before each run the destination is removed and the disk is synced, and what a container or an
+  archive is made of is read once, so that nobody waits for the disk. After each run the result is
   compared with the source by SHA-256, outside the timed part; who fails or delivers other bytes
   is not counted, and named. An upload goes to a fresh bucket, is read back and compared.
 - `storage` is the facade in Python without an expected digest, `storage+blake3` and

@@ -58,6 +58,11 @@ class Result:
         return found
 
 
+def _environment() -> dict[str, str]:
+    # Most users have buffers, in which something can be left.
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 class Command:
     """Runs ``storage`` in processes of its own."""
 
@@ -88,7 +93,7 @@ class Command:
         }
         process = subprocess.Popen(
             [sys.executable, *args],
-            env={**os.environ, "PYTHONPATH": str(_ROOT), **(env or {})},
+            env={**_environment(), "PYTHONPATH": str(_ROOT), **(env or {})},
             **(streams | options),
         )
         self._processes.append(process)

@@ -198,7 +198,7 @@ def test_cat_streams_and_a_reader_that_leaves_is_no_error(command: Command, tmp_
     assert process.wait(60) == 128 + signal.SIGPIPE
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
+@pytest.mark.parametrize("options", [(), ("--json",), ("--help",)])
 def test_results_without_a_reader_are_no_error(
     command: Command, uri: str, options: tuple[str, ...]
 ) -> None:
