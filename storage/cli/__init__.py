@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exc:  # --help and --version
         return exc.code if isinstance(exc.code, int) else 0
     except ReaderGoneError:
-        return int(_READER_GONE)
+        return _READER_GONE
     except DestinationError as exc:
         output.error(type(exc).__name__, str(exc))
         return _FAILED
     except KeyboardInterrupt:
         output.error("Interrupted", "interrupted")
-        return int(_INTERRUPTED)
+        return _INTERRUPTED
     return _run(args, Output(as_json=args.json, quiet=args.quiet))
 
 
@@ -71,13 +71,13 @@ def _run(args: Namespace, output: Output) -> int:
 
             run(args, output)
     except ReaderGoneError:
-        return int(_READER_GONE)
+        return _READER_GONE
     except KeyboardInterrupt:
         output.error("Interrupted", "interrupted")
-        return int(_INTERRUPTED)
+        return _INTERRUPTED
     except _TerminatedError:
         output.error("Terminated", "terminated")
-        return int(_TERMINATED)
+        return _TERMINATED
     except StorageError as exc:
         _show_traceback(args, output)
         output.error(type(exc).__name__, str(exc))

@@ -403,7 +403,8 @@ def _is_terminal(stream: TextIO | None) -> bool:
 def _write_stderr(line: str) -> None:
     # Nobody can be told that telling failed.
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        _write_through(sys.stderr, f"{line}\n".encode(sys.stderr.encoding, "backslashreplace"))
+        encoding = sys.stderr.encoding or "utf-8"
+        _write_through(sys.stderr, f"{line}\n".encode(encoding, "backslashreplace"))
 
 
 def _write_through(stream: TextIO, data: bytes | memoryview) -> None:
@@ -413,6 +414,9 @@ def _write_through(stream: TextIO, data: bytes | memoryview) -> None:
     again, with an exit status of its own.
     """
     stream.flush()
+    if not hasattr(stream, "buffer"):  # text alone, as in io.StringIO
+        stream.write(os.fsdecode(bytes(data)))
+        return
     raw = getattr(stream.buffer, "raw", stream.buffer)
     rest = memoryview(data)
     while rest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mimetypes
 import os
@@ -232,9 +233,10 @@ def _check_unchanged(
     if now == (file.size, file.mtime_ns) and info.size == file.size:
         return
     stored = backend.local_path(key)
-    if stored is not None and os.path.exists(stored) and os.path.samefile(stored, file.local):
-        # It was put onto itself, all of it. Its object must not be removed: it is the file.
-        return
+    with contextlib.suppress(OSError):  # one of them is not there any more
+        if stored is not None and os.path.samefile(stored, file.local):
+            # It was put onto itself, all of it. Its object must not be removed: it is the file.
+            return
     retry.run(partial(backend.delete, [key]))
     raise IntegrityError(
         f"{file.local} changed while it was being uploaded; its object was removed again; "

@@ -182,6 +182,7 @@ def test_at_no_moment_is_anything_wrong_left_of_what_may_be(
     rng = random.Random(1)
 
     def cuts() -> Iterator[dict[str, Any]]:
+        yield {"lost": lambda what: False}
         for _ in range(6 * SOAK):
             share = rng.choice([0.05, 0.2, 0.5, 0.8, 0.95])
             yield {

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -147,6 +149,15 @@ def test_the_unexpected_is_one_line_too(
     err += capsys.readouterr().err
     assert "Traceback" in err
     assert "SECRET" not in err
+
+
+def test_a_caller_may_collect_the_text() -> None:
+    printed, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complained):
+        assert main(["spec", "s3://bucket/größe"]) == 0
+        assert main(["ls", "/nowhere/iris"]) == 1
+    assert "größe" in printed.getvalue()
+    assert complained.getvalue().startswith("storage: error: no model at")
 
 
 def test_version_and_help_are_no_errors(command: Command) -> None:

@@ -376,6 +376,7 @@ def content_seeds() -> list[Seed]:
         ),
         Seed("safetensors", SAFETENSORS, inside("training_model.bin", **{kind: "safetensors"})),
         Seed("numbers", bytes(80), inside("training_model.bin", helper_type="binaryhelper")),
+        Seed("unknown helper", bytes(80), inside("training_model.bin", helper_type="nobody's")),
         Seed("inference model", b"onnx" * 100, inside("inference_model.bin")),
         replace(_zip_seed("NPZ", NPZ), finish=inside("training_model.bin")),
     ]

@@ -11,6 +11,7 @@ import pytest
 from blake3 import blake3
 
 from storage import (
+    IntegrityError,
     InvalidInput,
     ModelMissingError,
     ObjectExistsError,
@@ -98,6 +99,18 @@ def test_what_is_put_onto_itself_stays(tmp_path: Path, source: Path, link: bool)
     Storage.upload(given, str(source))
     Storage.upload(given / "model.bin", str(source / "model.bin"))
     assert tree_bytes(source) == FILES
+
+
+def test_what_disappears_while_it_is_uploaded_is_an_error(tmp_path: Path, source: Path) -> None:
+    file, place = source / "model.bin", tmp_path / "copy.bin"
+
+    def remove(progress: Progress) -> None:
+        if progress.bytes_done:
+            file.unlink(missing_ok=True)
+
+    with pytest.raises(IntegrityError, match="changed while it was being uploaded"):
+        Storage.upload(file, str(place), progress=remove)
+    assert not place.exists()
 
 
 def test_without_overwrite_an_object_is_made_once(store: Store, source: Path) -> None:
