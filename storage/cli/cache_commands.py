@@ -149,18 +149,28 @@ def _du(client: StorageClient, args: Namespace, output: Output) -> None:
 
 
 def _path(client: StorageClient, args: Namespace, output: Output) -> None:
+    from storage.client.download import Download, DownloadOptions
     from storage.config import named_config
+    from storage.transfer.plan import Patterns
 
-    config = None if args.config is None else named_config(args.config, client.settings)
-    path = client.download(
-        args.uri,
-        config=config,
-        allow_patterns=args.allow,
-        ignore_patterns=args.ignore,
+    location = parse_uri(args.uri)
+    options = DownloadOptions(
+        config=None if args.config is None else named_config(args.config, client.settings),
+        patterns=Patterns(args.allow, args.ignore),
         unpack=args.unpack,
         offline=True,
     )
-    output.result({"uri": str(parse_uri(args.uri)), "path": path}, [path])
+    job = Download(client, location, options)
+    try:
+        path = job.run(None)
+    except ModelMissingError:
+        from storage.registry.pull import is_version
+
+        # What is on this machine is used where it is; a version of a registry there cannot be.
+        if not is_version(location):
+            raise
+        path = job.from_cache(None)
+    output.result({"uri": str(location), "path": path}, [path])
 
 
 # -- right or wrong --------------------------------------------------------------------------

@@ -6,16 +6,18 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from storage.cli.commands import fetch_options
 from storage.cli.output import Output, amounts, count, human_size
 from storage.client import StorageClient
 from storage.registry import ANY, AliasEntry, ModelRegistry, Version, VersionFile, layout
+from storage.registry.reading import missing_model
 
 __all__ = ["run"]
 
-# Each page costs a listing. Of a version on it only the summary is kept.
+# Each page costs listings. Of a version on it only the summary is kept.
 _PAGE = 1000
 
 
@@ -37,6 +39,8 @@ def run(args: Namespace, output: Output) -> None:
 
 
 def _init(registry: ModelRegistry, args: Namespace, output: Output) -> None:
+    # A store that cannot hold one is not even asked.
+    registry.store.check()
     there = registry.exists()
     registry.init()
     where = str(registry.location)
@@ -63,17 +67,15 @@ def _push(registry: ModelRegistry, args: Namespace, output: Output) -> None:
             progress=reporter,
         )
     name = _name(version)
-    # Of what is published already nothing has to be looked at in the store.
-    existing = reporter.last is None
     for alias in args.alias or ():
         registry.set_alias(version.model, alias, version.number)
     output.note_summary(reporter)
-    output.note(f"{name} has these files already" if existing else f"published {name}")
+    output.note(f"published {name}" if version.is_new else f"{name} has these files already")
     document = {
         "model": version.model,
         "number": version.number,
         "content": version.content,
-        "existing": existing,
+        "existing": not version.is_new,
         "aliases": args.alias or [],
     }
     output.result(document | amounts(reporter, began), [name])
@@ -114,14 +116,8 @@ def _ls(registry: ModelRegistry, args: Namespace, output: Output) -> None:
 
 
 def _listed(registry: ModelRegistry, args: Namespace) -> Iterator[Version]:
-    left, after = args.limit, args.after
-    while left is None or left > 0:
-        size = _PAGE if left is None else min(left, _PAGE)
-        page = registry.versions(args.model, page_size=size, after=after)
-        yield from page
-        if len(page) < size:
-            return
-        left, after = None if left is None else left - size, page[-1].number
+    size = _PAGE if args.limit is None else max(1, min(args.limit, _PAGE))
+    return islice(registry.each_version(args.model, page_size=size, after=args.after), args.limit)
 
 
 def _names(registry: ModelRegistry, model: str) -> dict[int, list[str]]:
@@ -244,9 +240,13 @@ def _alias(registry: ModelRegistry, args: Namespace, output: Output) -> None:
     expected = ANY if args.expected is None else args.expected or None
     if args.alias is None:
         found = registry.aliases(model)
+        if not found and not registry.numbers(model):
+            raise missing_model(registry.store, model)
         output.result(found, (f"{alias} {number}" for alias, number in sorted(found.items())))
     elif args.history:
         entries = registry.alias_history(model, args.alias)
+        if not entries:
+            output.note(f"{args.alias} of {model} was never set")
         output.result([asdict(entry) for entry in entries], map(_entry_line, entries))
     elif args.delete:
         registry.delete_alias(model, args.alias, expected=expected)

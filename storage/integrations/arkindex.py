@@ -7,7 +7,8 @@
 
 A folder becomes a tar.zst archive, which goes to the object store by a URL that Arkindex signs;
 then Arkindex is told its size and hashes, and makes the version available. If it has a version
-of the same content, that one is used and the pending one removed.
+of the same content, that one is used and the pending one removed. Where Arkindex signs no URL
+for all of the archive, it goes in parts.
 
 The operations are those of Arkindex's OpenAPI document; they are asked for by name through the
 caller's own client, which knows the address and the credentials.
@@ -19,10 +20,11 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from storage.container import create_archive
+from storage.container import Archive, create_archive
+from storage.digest import hash_file
 from storage.errors import (
     AuthenticationError,
     IntegrityError,
@@ -32,12 +34,14 @@ from storage.errors import (
 )
 from storage.integrations.arkindex_answers import (
     AVAILABLE,
+    Client,
+    ask,
     existing_version,
     is_available,
     read_version,
     translated,
 )
-from storage.uri import parse_uri
+from storage.integrations.arkindex_upload import PartsUpload, put_whole
 
 if TYPE_CHECKING:
     from storage.config import HTTPConfig
@@ -47,19 +51,8 @@ __all__ = ["Client", "ModelVersionPublisher", "publish_model_version"]
 
 _log = logging.getLogger(__name__)
 
-_CONTENT_TYPE = "application/zstd"
 _TAG_TAKEN = re.compile(r"\btag\b.*\balready exists")
-
-
-class Client(Protocol):
-    """What is needed of a client of Arkindex; ``arkindex.ArkindexClient`` is one.
-
-    An answer of 400 or more is an exception with the attributes ``status_code`` and
-    ``content``, the decoded body.
-    """
-
-    def request(self, operation_id: str, /, **parameters: Any) -> Any:
-        """Ask for an operation; ``id`` goes into its path, ``body`` is sent as JSON."""
+_ARCHIVE_NEEDED = re.compile(r"\b(?:size|archive_hash)\b.*\brequired\b")
 
 
 def publish_model_version(
@@ -172,15 +165,20 @@ class ModelVersionPublisher:
         with create_archive(model_path, digests=()) as archive:
             new = self.model_version is None
             if new:
-                self.create_model_version(model_id, tag, description, configuration, parent)
+                self._create(
+                    model_id, _attributes(tag, description, configuration or {}, parent), archive
+                )
             elif attributes:
                 self._update(attributes, insist=False)
             pending = self._pending()["id"]
             try:
-                self.upload_archive(archive.path, progress=progress)
-                self.validate_model_version(
-                    hash=archive.content_hash, size=archive.size, archive_hash=archive.archive_hash
-                )
+                self._upload(archive.path, archive.archive_hash, progress)
+                if not is_available(self._current()):
+                    self.validate_model_version(
+                        hash=archive.content_hash,
+                        size=archive.size,
+                        archive_hash=archive.archive_hash,
+                    )
             except BaseException:
                 if new:
                     self._discard(pending)
@@ -211,9 +209,7 @@ class ModelVersionPublisher:
                 f"the model version {self.model_version['id']} was made already; "
                 "use another publisher for one more"
             )
-        attributes = _attributes(tag, description, configuration or {}, parent)
-        self._save("CreateModelVersion", str(model_id), attributes, insist=False)
-        _log.info("the model version %s was created", self._current()["id"])
+        self._create(model_id, _attributes(tag, description, configuration or {}, parent))
         return self.model_version
 
     def update_model_version(
@@ -240,28 +236,18 @@ class ModelVersionPublisher:
         """Send an archive to where Arkindex wants it.
 
         What fails for a passing reason is repeated. If the signed URL is refused, Arkindex is
-        asked for another one, once: it may have expired.
+        asked for another one, once: it may have expired. If there is none, the archive goes in
+        parts, and is validated by that: the version is available then.
 
         Raises:
             InvalidInput: there is no version yet, or no such file.
             ObjectExistsError: the version is available already.
             AuthenticationError: Arkindex gives no URL, or the store refuses it.
             TransferError: it could not be sent.
+            StorageError: see :func:`publish_model_version`.
         """
-        if self._skips():
-            return
-        version = self._pending()
-        try:
-            self._send(archive_path, version, progress)
-        except AuthenticationError as refused:
-            try:
-                fresh = self._retrieve(version["id"])
-            except StorageError:
-                raise refused from refused.__cause__
-            if fresh.get("s3_put_url") in (None, version.get("s3_put_url")):
-                raise
-            self.model_version = fresh
-            self._send(archive_path, fresh, progress)
+        if not self._skips():
+            self._upload(archive_path, None, progress)
 
     def validate_model_version(
         self, hash: str, size: int, archive_hash: str
@@ -298,17 +284,12 @@ class ModelVersionPublisher:
         except Exception as exc:  # noqa: BLE001 -- whose client it is, is not known
             problem = exc
         if problem is None:
-            version = read_version(answer)
-            if not is_available(version):
-                raise StorageError(
-                    f"the model version {pending['id']} was to become available, and Arkindex "
-                    f"says that it is {version.get('state')!r}; look at it, and publish again"
-                )
-            self.model_version = version
+            self._use_available(read_version(answer))
         else:
             existing = existing_version(problem)
             if existing in (None, pending["id"]):
-                self._settle(pending["id"], archive_hash, problem)
+                error = translated("PartialUpdateModelVersion", pending["id"], problem)
+                self._settle(pending["id"], archive_hash, error)
             else:
                 self._use_instead(existing, pending["id"], hash)
         _log.info("the model version %s is available", self._current()["id"])
@@ -339,6 +320,19 @@ class ModelVersionPublisher:
             )
         return version
 
+    def _create(
+        self, model_id: str | UUID, attributes: dict[str, Any], archive: Archive | None = None
+    ) -> None:
+        """Make a version; with what is known of its archive if Arkindex wants that at once."""
+        try:
+            self._save("CreateModelVersion", str(model_id), attributes, insist=False)
+        except InvalidInput as exc:
+            if archive is None or not _ARCHIVE_NEEDED.search(str(exc)):
+                raise
+            told = {"size": archive.size, "archive_hash": archive.archive_hash}
+            self._save("CreateModelVersion", str(model_id), attributes | told, insist=False)
+        _log.info("the model version %s was created", self._current()["id"])
+
     def _update(self, attributes: Mapping[str, Any], *, insist: bool) -> None:
         id = self._current()["id"]
         self._save("UpdateModelVersion", id, attributes, insist=insist)
@@ -361,41 +355,70 @@ class ModelVersionPublisher:
             answer = self._request(operation, id, rest)
         self.model_version = read_version(answer)
 
-    def _send(
+    def _upload(
+        self,
+        path: str | os.PathLike[str],
+        archive_hash: str | None,
+        progress: ProgressCallback | None,
+    ) -> None:
+        version = self._pending()
+        if not os.path.isfile(path):
+            raise InvalidInput(f"{os.fspath(path)} is no file; an archive is one")
+        id, url = version["id"], version.get("s3_put_url")
+        _log.info("sending the archive of the model version %s", id)
+        if not url:
+            archive_hash = archive_hash or hash_file(path, ("md5",))["md5"].hex
+            self._send_parts(path, version, archive_hash, progress)
+            return
+        try:
+            put_whole(path, url, id, self._config, progress)
+        except AuthenticationError as refused:
+            try:
+                fresh = self._retrieve(id)
+            except StorageError:
+                raise refused from refused.__cause__
+            if fresh.get("s3_put_url") in (None, url):
+                raise
+            self.model_version = fresh
+            put_whole(path, fresh["s3_put_url"], id, self._config, progress)
+
+    def _send_parts(
         self,
         path: str | os.PathLike[str],
         version: Mapping[str, Any],
+        archive_hash: str,
         progress: ProgressCallback | None,
     ) -> None:
-        if not os.path.isfile(path):
-            raise InvalidInput(f"{os.fspath(path)} is no file; an archive is one")
-        url = version.get("s3_put_url")
-        if not url:
-            raise AuthenticationError(
-                f"the model version {version['id']}: Arkindex gives no URL to send the archive "
-                "to; whose client it is needs the right to validate versions of the model"
-            )
-        location = parse_uri(url)
-        # A server has no business with the files and stores of its clients.
-        if location.type != "http":
+        """Send an archive in parts; that makes the version available."""
+        id = version["id"]
+        told = {"size": os.path.getsize(path), "archive_hash": archive_hash}
+        if any(version.get(name) != value for name, value in told.items()):
+            self._save("UpdateModelVersion", id, told, insist=True)
+        parts = PartsUpload(self._client, id)
+        try:
+            parts.send(path, archive_hash, self._config, progress)
+            try:
+                parts.complete()
+            except StorageError as exc:
+                self._settle(id, archive_hash, exc)
+        except BaseException:
+            parts.abort()
+            raise
+        if not is_available(self._current()):
+            self._use_available(self._retrieve(id))
+        _log.info("the model version %s is available", id)
+
+    def _use_available(self, version: dict[str, Any]) -> None:
+        """Go on with the version, which is to be available now."""
+        if not is_available(version):
             raise StorageError(
-                f"the model version {version['id']}: its archive was to be sent to {location}, "
-                "and a signed URL of HTTP is needed"
+                f"the model version {version['id']} was to become available, and Arkindex "
+                f"says that it is {version.get('state')!r}; look at it, and publish again"
             )
-        from storage.client import StorageClient
-        from storage.config import HTTPConfig
+        self.model_version = version
 
-        with StorageClient() as store:
-            found = store.resolve_config(location, self._config)
-            fields = {} if found is None else {n: getattr(found, n) for n in found.model_fields_set}
-            # Given like this it is sent to URLs of the older signature too, which covers it.
-            headers = {**fields.pop("headers", {}), "Content-Type": _CONTENT_TYPE}
-            _log.info("sending the archive of the model version %s", version["id"])
-            store.upload(path, url, config=HTTPConfig(headers=headers, **fields), progress=progress)
-
-    def _settle(self, id: str, archive_hash: str, problem: Exception) -> None:
+    def _settle(self, id: str, archive_hash: str, error: StorageError) -> None:
         """Take the version for available if it is, whatever the answer was; else raise."""
-        error = translated("PartialUpdateModelVersion", id, problem)
         try:
             found = self._retrieve(id)
         except StorageError:
@@ -442,15 +465,7 @@ class ModelVersionPublisher:
         return read_version(self._request("RetrieveModelVersion", id))
 
     def _request(self, operation: str, id: str, body: Any = None) -> Any:
-        problem: Exception | None = None
-        try:
-            if body is None:
-                return self._client.request(operation, id=id)
-            return self._client.request(operation, id=id, body=body)
-        except Exception as exc:  # noqa: BLE001 -- whose client it is, is not known
-            problem = exc
-        # Out here, for the context would come along as it is.
-        raise translated(operation, id, problem)
+        return ask(self._client, operation, id, id=id, **({} if body is None else {"body": body}))
 
 
 def _attributes(

@@ -1,10 +1,10 @@
-"""What Arkindex answers: versions of models, refusals, and the conflicts among those."""
+"""Asking Arkindex, and what it answers: versions of models, refusals, conflicts among those."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 from uuid import UUID
 
 from storage.errors import (
@@ -18,11 +18,55 @@ from storage.errors import (
     one_line,
 )
 
-__all__ = ["AVAILABLE", "existing_version", "is_available", "read_version", "translated"]
+__all__ = [
+    "AVAILABLE",
+    "Client",
+    "ask",
+    "existing_version",
+    "is_available",
+    "read_version",
+    "translated",
+]
 
 AVAILABLE = "available"
 # What a validation error says of a field "id" is no id, nor is a part of a path.
 _ID = re.compile(r"[0-9A-Fa-f]{8}(-?[0-9A-Fa-f]{4}){3}-?[0-9A-Fa-f]{12}")
+
+
+class Client(Protocol):
+    """What is needed of a client of Arkindex; ``arkindex.ArkindexClient`` is one.
+
+    An answer of 400 or more is an exception with the attributes ``status_code`` and
+    ``content``, the decoded body.
+    """
+
+    @property
+    def request(self) -> Callable[..., Any]:
+        """Asks for an operation, by its name; ``id`` goes into its path, ``body`` is sent as JSON.
+
+        Operations on uploads in parts have no ``id``.
+        """
+
+
+def ask(client: Client, operation: str, about: str, **parameters: Any) -> Any:
+    """Return the answer to an operation.
+
+    Args:
+        client: asks.
+        operation: its name.
+        about: id of what it is about, for errors.
+        parameters: ``id`` and ``body``, as the operation has them.
+
+    Raises:
+        StorageError: whatever the client raised, in this library's errors.
+    """
+    problem: Exception | None = None
+    try:
+        return client.request(operation, **parameters)
+    except Exception as exc:  # noqa: BLE001 -- whose client it is, is not known
+        problem = exc
+    # Out here, for the context would come along as it is.
+    raise translated(operation, about, problem)
 
 
 def read_version(answer: Any) -> dict[str, Any]:

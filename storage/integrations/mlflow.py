@@ -11,7 +11,6 @@ import contextlib
 import os
 import posixpath
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -34,6 +33,7 @@ from storage.errors import (
     one_line,
 )
 from storage.facade import Storage, StorageOperations, default_client
+from storage.integrations.scratch import scratch
 from storage.uri import Location, parse_uri
 
 __all__ = ["PREFIX", "ModelStorageArtifactRepository"]
@@ -145,8 +145,8 @@ class ModelStorageArtifactRepository(ArtifactRepository):  # type: ignore[misc]
         with _mlflow_errors(), contextlib.nullcontext() if path else _missing_is_fine():
             if os.path.lexists(target):
                 # It is put beside what is there only when all of it has arrived.
-                with tempfile.TemporaryDirectory(prefix=".modelstorage-", dir=folder) as scratch:
-                    found = Storage.download(self._uri(path), os.path.join(scratch, "content"))
+                with scratch(folder) as place:
+                    found = Storage.download(self._uri(path), os.path.join(place, "content"))
                     _merge(found, target)
             else:
                 Storage.download(self._uri(path), target)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from storage.errors import InvalidInput, ObjectChangedError, one_line
+from storage.errors import InvalidInput, ModelMissingError, ObjectChangedError, one_line
 from storage.registry import layout
 from storage.registry.documents import Attributes, Version, decode, encode, now, write_time
 from storage.registry.log import Log, heads
@@ -123,6 +123,7 @@ def change(store: ObjectStore, version: Version, **changes: Any) -> Version:
 
     Raises:
         InvalidInput: it is nothing that a registry can write down.
+        ModelMissingError: it was deleted meanwhile.
     """
     log = Log(store, layout.attributes(version.model, version.number))
     while True:
@@ -133,11 +134,18 @@ def change(store: ObjectStore, version: Version, **changes: Any) -> Version:
                 log.append({**new.document(), "at": write_time(now())}, index)
             except ObjectChangedError:
                 continue  # somebody else's change is in force
+        # Then the log may be gone, and what was added to what was said at first.
+        if store.info(layout.deleted(version.model, version.number)) is not None:
+            raise ModelMissingError(
+                store.where(layout.version(version.model, version.number)),
+                f"{store.location}: version {version.number} of {version.model!r} was deleted "
+                "meanwhile; `storage registry ls` lists those that are there",
+            )
         return replace(version, attributes=new)
 
 
 def current(store: ObjectStore, versions: list[Version]) -> list[Version]:
-    """Return versions of one model with what is said of them now."""
+    """Return versions of one model with what is said of them now, unless they are deleted."""
     if not versions:
         return []
     if len(versions) == 1:

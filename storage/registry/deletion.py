@@ -1,7 +1,9 @@
 """Deleting versions: a version is gone when its mark is there, for ever.
 
 The mark is written once and never removed, for those who publish and those who collect act on it.
-What a killed deletion leaves behind nobody sees, and a collection removes it.
+What a killed deletion leaves behind nobody sees, and a collection removes it: so with what somebody
+still says of the version meanwhile. What was said of it goes after the mark is there. So who reads
+that first and looks for the mark afterwards has read all of it, unless the mark is there.
 
 Who sets an alias writes it and looks for deletions afterwards; who deletes says so and looks at the
 aliases afterwards. So nobody's alias is left on a version that was deleted meanwhile.

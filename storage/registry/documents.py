@@ -76,7 +76,7 @@ def encode(document: Mapping[str, Any]) -> bytes:
     if len(text) > LONGEST:
         raise InvalidInput(
             f"{len(text)} bytes are too long for a document of a registry, which has {LONGEST} at "
-            "most; keep what is long in a file of the model"
+            "most; keep what is long in a file of the model, and many files in an archive"
         )
     return text
 
@@ -301,6 +301,9 @@ class Version:
     parent: Parent = None
     upload: str = ""
     """The pending version that it was."""
+
+    is_new: bool = field(default=False, compare=False)
+    """Whether the call that returned it has published it, and not somebody before."""
 
     @property
     def size(self) -> int:

@@ -3,6 +3,7 @@
 ::
 
     registry.json                            what this is, and in which format
+    registry.json.probe-<id>                 whoever makes the registry tries out the store
     blobs/<2 hex>/<64 hex>/<token>           content by its BLAKE3, shared by all models
     uploads/<id>.json                        lease: content that a pending version will use
     collections/<id>.json                    a collection under way: the blobs it condemned
@@ -18,7 +19,8 @@
     models/<model>/attributes/<number>/<n>.json  the n-th change of what is said of a version
 
 Every object but a lease is created once and never written over. A name that was removed is never
-used again, so a removal that comes late hits nothing: that is what the token of a blob is for.
+used again, so a removal that comes late hits nothing: that is what the token of a blob is for. Only
+the attributes of a version may begin again when it was deleted, and nobody sees them.
 Numbers, contents and marks of deletion are never removed.
 """
 
@@ -60,6 +62,7 @@ __all__ = [
     "number_of",
     "numbers",
     "parse_reference",
+    "probe",
     "upload",
     "verdict",
     "version",
@@ -140,6 +143,11 @@ def parse_reference(reference: int | str) -> int | str:
 
 
 # -- names -----------------------------------------------------------------------------------
+
+
+def probe(marker: str, identity: str = "") -> str:
+    """Return the name of what a store is tried out with, before a marker is written."""
+    return f"{marker}.probe-{identity}"
 
 
 def blob(digest: str, token: str) -> str:

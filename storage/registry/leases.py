@@ -14,10 +14,12 @@ been removed; it takes another lease and looks at its blobs again.
 from __future__ import annotations
 
 import contextlib
+import queue
 import re
 import threading
 import uuid
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
@@ -124,14 +126,25 @@ class LeaseDocument:
 
 
 class Lease:
-    """A lease of this process, renewed until it is released. A context manager."""
+    """A lease of this process, renewed until it is released. A context manager.
+
+    One that is dropped without that is not renewed any more, and is left to a collector.
+    """
 
     def __init__(self, store: ObjectStore, document: LeaseDocument) -> None:
         """Prepare; see :meth:`take`."""
         self._store = store
         self._document = document
-        self._ended = threading.Event()
-        self._renewer = threading.Thread(target=self._renew, name="registry lease", daemon=True)
+        # Whoever collects garbage may be the renewer itself, so nothing with a lock can end it.
+        ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._end = weakref.finalize(self, ended.put, None)
+        # It must not keep the lease from being garbage.
+        self._renewer = threading.Thread(
+            target=_renew,
+            args=(store, self.name, document.dumps(), ended),
+            name="registry lease",
+            daemon=True,
+        )
 
     @classmethod
     def take(
@@ -163,8 +176,12 @@ class Lease:
             identity, model, pending, began, frozenset(blobs), content, attempt
         )
         lease = cls(store, document)
-        store.create(lease.name, document.dumps())
-        lease._renewer.start()
+        try:
+            store.create(lease.name, document.dumps())
+            lease._renewer.start()
+        except BaseException:
+            lease._end()
+            raise
         return lease
 
     @property
@@ -177,22 +194,15 @@ class Lease:
         """The name of its object."""
         return layout.upload(self.id)
 
-    def _renew(self) -> None:
-        data = self._document.dumps()
-        while not self._ended.wait(_RENEWAL):
-            # Whether it still counts is decided by the commit alone.
-            with contextlib.suppress(StorageError):
-                self._store.replace(self.name, data)
-
     def abandon(self) -> None:
         """Leave it to a collector, because it is not known what became of the commit."""
-        self._ended.set()
+        self._end()
         # A renewal under way would bring back what is removed next.
         self._renewer.join()
 
     def release(self) -> None:
         """Remove it, because the version is committed or will never be. Idempotent."""
-        if not self._ended.is_set():
+        if self._end.alive:
             self.abandon()
             self._store.delete([self.name])
 
@@ -208,6 +218,25 @@ class Lease:
         self.release()
 
 
+def _renew(store: ObjectStore, name: str, data: bytes, ended: queue.SimpleQueue[None]) -> None:
+    while True:
+        try:
+            return ended.get(timeout=_RENEWAL)
+        except queue.Empty:
+            # Whether it still counts is decided by the commit alone.
+            with contextlib.suppress(StorageError):
+                store.replace(name, data)
+
+
+@contextlib.contextmanager
+def _advised(advice: str) -> Iterator[None]:
+    """Tell what to do about a damaged object that nobody can do without."""
+    try:
+        yield
+    except IntegrityError as exc:
+        raise IntegrityError(f"{exc}; {advice}") from exc
+
+
 def list_leases(store: ObjectStore) -> list[LeaseDocument]:
     """Return all leases, those of dead publishers too.
 
@@ -217,10 +246,15 @@ def list_leases(store: ObjectStore) -> list[LeaseDocument]:
 
     def look(found: tuple[str, ObjectInfo]) -> LeaseDocument | None:
         name, info = found
-        data = store.read(name)
-        if data is None:
-            return None
-        return LeaseDocument.parse(data, name, store.where(name), info.modified)
+        # A publisher who lost it like this could commit what is collected meanwhile.
+        with _advised(
+            "it tells what a publisher needs: when nobody publishes to this registry any more, "
+            "remove this object, and publish again what was under way"
+        ):
+            data = store.read(name)
+            if data is None:
+                return None
+            return LeaseDocument.parse(data, name, store.where(name), info.modified)
 
     leases = store.map(look, store.infos(layout.UPLOADS))
     return [lease for lease in leases if lease is not None]
@@ -288,10 +322,15 @@ def list_collections(store: ObjectStore) -> dict[str, CollectionDocument]:
 
     def look(found: tuple[str, ObjectInfo]) -> tuple[str, CollectionDocument] | None:
         name, info = found
-        data = store.read(name)
-        if data is None:
-            return None
-        return name, CollectionDocument.parse(data, store.where(name), info.modified)
+        # Publishers would not keep away any more from what a collector at work removes.
+        with _advised(
+            "it tells what a gc removes: when no gc of this registry is running any more, remove "
+            "this object; the next gc does the rest"
+        ):
+            data = store.read(name)
+            if data is None:
+                return None
+            return name, CollectionDocument.parse(data, store.where(name), info.modified)
 
     found = store.map(look, store.infos(layout.COLLECTIONS))
     return dict(item for item in found if item is not None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
+
 from storage.errors import (
     BucketMissingError,
     InvalidInput,
@@ -15,6 +18,7 @@ from storage.registry.objects import ObjectStore
 __all__ = ["create_marker", "is_there", "make"]
 
 _DIGEST = "blake3"
+_LOOKED_AT = 100
 
 
 def is_there(store: ObjectStore) -> bool:
@@ -59,27 +63,39 @@ def make(store: ObjectStore) -> None:
 
 
 def _holds_something(store: ObjectStore) -> bool:
+    """Tell whether there is more than what others try the store out with."""
     try:
-        return store.holds_any("")
+        found = store.first_infos("", _LOOKED_AT)
     except BucketMissingError:
         return False  # the write tells whether that is true
+    return not all(name.startswith(layout.probe(layout.MARKER)) for name, _ in found)
 
 
 def create_marker(store: ObjectStore, name: str, data: bytes) -> None:
-    """Create an object, and then try it again: some stores ignore the condition, and say nothing.
+    """Create an object that says what a place is for, unless there is one.
+
+    Some stores ignore the condition that an object is absent, and say nothing. So that is tried
+    out before, on an object that nobody else writes: a marker is on no store that does so.
 
     Raises:
-        UnsupportedOperation: the store does so; the object is removed.
+        UnsupportedOperation: the store does so; nothing is left there.
     """
-    if not store.create(name, data):
-        return
+    with contextlib.suppress(BucketMissingError):  # the write tells whether that is true
+        if store.info(name) is not None:
+            return
+    probe = layout.probe(name, uuid.uuid4().hex)
+    store.create(probe, data)
     try:
-        store.create_once(name, data)
+        store.create_once(probe, data)
+        is_fit = False
     except ObjectExistsError:
-        return
-    store.delete([name])
-    raise UnsupportedOperation(
-        f"{store.location}: {store.backend.name} overwrites an object that was to be created only "
-        "if it is absent, so writers would overwrite what others wrote; keep the registry on "
-        "another store"
-    )
+        is_fit = True
+    finally:
+        store.delete([probe])
+    if not is_fit:
+        raise UnsupportedOperation(
+            f"{store.location}: {store.backend.name} overwrites an object that was to be created "
+            "only if it is absent, so writers would overwrite what others wrote; keep the registry "
+            "on another store"
+        )
+    store.create(name, data)

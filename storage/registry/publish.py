@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import uuid
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Self, cast
@@ -240,13 +242,15 @@ class PendingVersion:
         for name, path_there in zip(files, local_paths(files, where), strict=True):
             if name != path_there:
                 raise InvalidInput(f"{where} cannot have the path {name!r}: it has an empty part")
+        # What cannot be written down is not uploaded. All that is not known yet has its length.
+        tokens = {file.blake3: self.id for file in files.values()}
+        draft = self._version(sys.maxsize, "0" * 64, _described(files.values(), tokens))
+        encode({**draft.document(), "token": self.id})
         self._files = files
 
-    def _described(self, placed: dict[str, str]) -> tuple[VersionFile, ...]:
-        files = sorted(self._files.values(), key=lambda file: os.fsencode(file.path))
-        return tuple(
-            VersionFile(file.path, file.size, file.blake3, file.sha256, placed.get(file.blake3, ""))
-            for file in files
+    def _version(self, number: int, content: str, files: tuple[VersionFile, ...]) -> Version:
+        return Version(
+            self.model, number, content, files, now(), self._attributes, self._parent, self.id
         )
 
     # -- committing --------------------------------------------------------------------------
@@ -258,18 +262,19 @@ class PendingVersion:
             progress: called while bytes move, if something has to be uploaded again.
 
         Returns:
-            The version, or the one that has just these files already.
+            The version, or the one that has just these files already; its ``is_new`` tells.
 
         Raises:
             InvalidInput: it has no files.
-            IntegrityError: something has to be uploaded again, and its file is another one now.
+            IntegrityError: something has to be uploaded again, and its file is another one now; or
+                it is committed, and somebody has put something else where it is to be seen.
             TransferError: the store does not answer. If that was while it was committed it may be
                 there or not; publish it again to get it for certain.
         """
         self._check_open()
         if not self._files:
             raise InvalidInput(f"a version of {self.model!r} needs files; add some")
-        content = content_id(self._described({}))
+        content = content_id(_described(self._files.values(), {}))
         while True:
             head, version = self._look(content)
             if version is None:
@@ -282,7 +287,7 @@ class PendingVersion:
         # It is published, whatever becomes of the lease.
         with contextlib.suppress(StorageError):
             self._release()
-        return version
+        return replace(version, is_new=version.upload == self.id)
 
     def _look(self, content: str) -> tuple[int, Version | None]:
         """Return the number of the newest entry of a content's log, and the version it is."""
@@ -306,16 +311,8 @@ class PendingVersion:
         """Write the entry after ``head``; return the version unless somebody else was faster."""
         if self._number is None:
             self._number = self._claim()
-        version = Version(
-            self.model,
-            self._number,
-            content,
-            self._described(placed),
-            now(),
-            self._attributes,
-            self._parent,
-            self.id,
-        )
+        files = _described(self._files.values(), placed)
+        version = self._version(self._number, content, files)
         log = Log(self._store, layout.content_log(self.model, content))
         # Until it is known what became of the entry only a collector may settle it.
         lease, self._lease = self._lease, None
@@ -350,12 +347,26 @@ class PendingVersion:
 
     def _show(self, version: Version) -> None:
         """Let a committed version be seen under its number."""
-        name = layout.version(version.model, version.number)
+        store, name = self._store, layout.version(version.model, version.number)
         is_mine = version.upload == self.id
-        if is_mine or self._store.info(name) is None:
-            self._store.create(name, version.dumps())
-        else:
-            self._store.settle(name)
+        if not is_mine and store.info(name) is not None:
+            store.settle(name)
+        elif not store.create(name, version.dumps()) and not self._is(name, version):
+            log = store.where(layout.content_log(version.model, version.content))
+            raise IntegrityError(
+                f"{store.where(name)} is not the version {version.number} that is committed below "
+                f"{log}: it is damaged, or somebody else wrote it; remove it, and publish the same "
+                "files again, which writes it anew"
+            )
+
+    def _is(self, name: str, version: Version) -> bool:
+        """Tell whether an object is a version; a later release writes it with more fields."""
+        data = self._store.read(name)
+        try:
+            # It may be deleted meanwhile.
+            return data is None or Version.parse(data, self._store.where(name)) == version
+        except IntegrityError:
+            return False
 
     # -- blobs -------------------------------------------------------------------------------
 
@@ -431,6 +442,14 @@ class PendingVersion:
             for file, item in zip(files, items, strict=True)
         ]
         run_by_size(tasks, client.budget, options.memory)
+
+
+def _described(files: Iterable[LocalFile], placed: Mapping[str, str]) -> tuple[VersionFile, ...]:
+    """Return files of a version; ``placed`` is the token of a blob for each BLAKE3."""
+    return tuple(
+        VersionFile(file.path, file.size, file.blake3, file.sha256, placed.get(file.blake3, ""))
+        for file in sorted(files, key=lambda file: os.fsencode(file.path))
+    )
 
 
 def _item(store: ObjectStore, file: LocalFile, name: str) -> BatchItem:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from storage.transfer.progress import Meter
     from storage.uri import Location
 
-__all__ = ["Pull", "fetch_again", "make_pull", "pulled_location"]
+__all__ = ["Pull", "fetch_again", "is_version", "make_pull", "pulled_location"]
 
 _PULLED = re.compile(
     rf"(?P<root>(?:.*/)?){layout.MODELS}(?P<model>[^/@]+)@(?P<reference>[^/@]+)/", re.DOTALL
@@ -93,6 +93,11 @@ def fetch_again(client: StorageClient, location: Location, options: DownloadOpti
             reference = layout.parse_reference(found["reference"])
             return Pull(registry, found["model"], reference, options).run(None)
     return Download(client, location, options).run(None)
+
+
+def is_version(location: Location) -> bool:
+    """Tell whether it is by ``location`` that the cache knows a version of some registry."""
+    return _PULLED.fullmatch(location.key) is not None
 
 
 def pulled_location(root: Location, model: str, reference: int | str) -> Location:

@@ -53,7 +53,10 @@ def _listed(store: ObjectStore, prefix: str) -> set[int]:
 def read_all(store: ObjectStore, model: str, wanted: Sequence[int]) -> list[Version]:
     """Return versions with what is said of them now; those that are not there are left out."""
     found = store.map(lambda number: _load(store, model, number), wanted)
-    return current(store, [version for version in found if version is not None])
+    versions = current(store, [version for version in found if version is not None])
+    # Who deletes a version marks it, and then removes what is said of it.
+    gone = _listed(store, layout.deletions(model))
+    return [version for version in versions if version.number not in gone]
 
 
 def _load(store: ObjectStore, model: str, number: int) -> Version | None:
@@ -102,8 +105,8 @@ def resolve(store: ObjectStore, model: str, reference: int | str) -> int:
     return number
 
 
-def find(store: ObjectStore, model: str, reference: int | str) -> Version:
-    """Return a version as it was published.
+def find(store: ObjectStore, model: str, reference: int | str, *, changed: bool = False) -> Version:
+    """Return a version as it was published, or with what is said of it now if ``changed``.
 
     Raises:
         ModelMissingError: there is no such version, alias or model.
@@ -111,7 +114,7 @@ def find(store: ObjectStore, model: str, reference: int | str) -> Version:
     """
     number = resolve(store, model, reference)
     while True:
-        found, is_gone = _look(store, model, number)
+        found, is_gone = _look(store, model, number, changed)
         if found is not None and not is_gone:
             return found
         # An alias may have been set to another version before this one was deleted.
@@ -125,7 +128,7 @@ def find(store: ObjectStore, model: str, reference: int | str) -> Version:
     raise ModelMissingError(
         _name(store, model, number),
         f"{store.location}: version {number} of {model!r}{named} {state}; "
-        "`storage registry ls` lists those that are",
+        "`storage registry ls` lists those that are there",
     )
 
 
@@ -133,14 +136,23 @@ def _can_list(store: ObjectStore) -> bool:
     return store.backend.capabilities.list
 
 
-def _look(store: ObjectStore, model: str, number: int) -> tuple[Version | None, bool]:
+def _look(
+    store: ObjectStore, model: str, number: int, changed: bool
+) -> tuple[Version | None, bool]:
     """Return what is under a number, and whether it was deleted."""
+    mark = layout.deleted(model, number)
+    if changed:
+        found = _load(store, model, number)
+        if found is not None:
+            found = current(store, [found])[0]
+        # Afterwards: who deletes a version marks it, and then removes what is said of it.
+        return found, store.info(mark) is not None
     looks: tuple[Callable[[], Version | ObjectInfo | None], ...] = (
         lambda: _load(store, model, number),
-        lambda: store.info(layout.deleted(model, number)),
+        lambda: store.info(mark),
     )
-    found, mark = store.map(lambda look: look(), looks)
-    return (found if isinstance(found, Version) else None), mark is not None
+    version, info = store.map(lambda look: look(), looks)
+    return (version if isinstance(version, Version) else None), info is not None
 
 
 def missing_model(store: ObjectStore, model: str) -> ModelMissingError:

@@ -157,14 +157,19 @@ class ModelRegistry:
         return reading.read_all(self.store, model, numbers[:page_size])
 
     def each_version(
-        self, model: str, *, page_size: int = _PAGE, newest_first: bool = False
+        self,
+        model: str,
+        *,
+        page_size: int = _PAGE,
+        after: int | None = None,
+        newest_first: bool = False,
     ) -> Iterator[Version]:
-        """Yield all versions of a model, reading one page of them at a time.
+        """Yield all that :meth:`versions` gives page by page, by one listing of the numbers.
 
         Raises:
             ModelMissingError: there is no such model.
         """
-        numbers = self._paged(model, page_size, None, newest_first)
+        numbers = self._paged(model, page_size, after, newest_first)
         for start in range(0, len(numbers), page_size):
             yield from reading.read_all(self.store, model, numbers[start : start + page_size])
 
@@ -212,7 +217,8 @@ class ModelRegistry:
             ModelMissingError: there is no such version, alias or model.
             IntegrityError: its document is damaged.
         """
-        return attributes.current(self.store, [self.find(model, reference)])[0]
+        self._open(model)
+        return reading.find(self.store, model, reference, changed=True)
 
     def diff(
         self,
@@ -277,10 +283,11 @@ class ModelRegistry:
             progress: called while bytes move.
 
         Returns:
-            The new version, or the one that has the same files; of that nothing is changed.
+            The new version, or the one that has the same files; of that nothing is changed. Its
+            ``is_new`` tells which.
 
         Raises:
-            InvalidInput: an argument cannot be used, or there is nothing to publish.
+            InvalidInput: an argument cannot be used, or there is nothing to publish, or too much.
             ModelMissingError: there is no registry, or no such parent.
             IntegrityError: a file changed meanwhile; nothing is published.
             TransferError: the store does not answer.
@@ -360,6 +367,10 @@ class ModelRegistry:
 
         Returns:
             The version with what is said of it now.
+
+        Raises:
+            ModelMissingError: there is no such version, alias or model.
+            InvalidInput: it is nothing that a registry can write down.
         """
         self._open(model, to_write=True)
         return attributes.change(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+import storage
 from storage.cli import main
 from storage.container.signatures.bundles import sign_tree
-from storage.registry import ModelRegistry
+from storage.registry import ModelRegistry, PendingVersion
 from tests.cli.conftest import FILES, Command, Result, read_tree, write_tree
 from tests.container.signing_keys import key_pair
 
@@ -83,6 +86,21 @@ def test_a_model_is_published_and_used_by_processes(
     assert (never.status, never.out) == (1, b"")
 
 
+def test_the_commands_of_the_page_run(
+    run: Inside, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, files in (("model", FILES), ("better", NEXT)):
+        write_tree(tmp_path / "out" / name, files)
+    page = Path(storage.__file__).parents[1] / "docs" / "registry.md"
+    (block,) = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    block = block.replace("s3://models/registry", uri).replace("/mnt/", f"{tmp_path}/mnt/")
+    for line in block.splitlines():
+        result = run(*shlex.split(line)[2:])
+        assert result.status == 0, (line, result.err)
+    assert read_tree(tmp_path / "mnt" / "models") == NEXT
+
+
 def test_init_says_whether_there_was_one(run: Inside, uri: str, tmp_path: Path) -> None:
     where = str(tmp_path / "registry")
     assert run("init", uri, "--json").json == {"ok": True, "uri": where, "created": True}
@@ -94,6 +112,9 @@ def test_init_says_whether_there_was_one(run: Inside, uri: str, tmp_path: Path) 
     (tmp_path / "other" / "file").write_bytes(b"")
     result = run("init", tmp_path / "other")
     assert (result.status, "holds something" in result.error) == (1, True)
+    # It is not even asked.
+    result = run("init", "http://127.0.0.1:9/registry")
+    assert (result.status, "only if it is absent" in result.error) == (1, True)
 
 
 def test_without_a_registry_there_is_advice(run: Inside, uri: str, model: Path) -> None:
@@ -152,6 +173,26 @@ def test_what_is_published_already_is_the_version_that_it_is(
     assert registry.numbers("iris") == [1, 2]
 
 
+def test_what_somebody_else_published_meanwhile_was_not_published_by_this(
+    run: Inside,
+    uri: str,
+    registry: ModelRegistry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write_tree(tmp_path / "third", {"a.bin": b"a"})
+    claim = PendingVersion._claim
+
+    def overtaken(pending: PendingVersion) -> int:
+        monkeypatch.setattr(PendingVersion, "_claim", claim)
+        registry.push("iris", folder)
+        return claim(pending)
+
+    monkeypatch.setattr(PendingVersion, "_claim", overtaken)
+    document = run("push", uri, "iris", folder, "--json").json
+    assert (document["number"], document["existing"], document["moved"]) == (3, True, 1)
+
+
 # -- pull ------------------------------------------------------------------------------------
 
 
@@ -204,6 +245,22 @@ def test_pull_takes_the_options_of_a_download(
     sign_tree(write_tree(tmp_path / "signed", FILES), key=keys.private)
     run("push", uri, "iris", tmp_path / "signed")
     assert run("pull", uri, "iris", "--require-signature", keys.public).status == 0
+
+
+def test_the_cache_tells_where_a_version_is(
+    command: Command, uri: str, registry: ModelRegistry, tmp_path: Path
+) -> None:
+    path = command("registry", "pull", uri, "iris@production", "--quiet").lines
+    for reference in ("production", "1"):
+        source = f"{uri}/models/iris@{reference}/"
+        assert command("cache", "path", source).lines == path
+        assert source.removeprefix("file://") in command("cache", "ls").out.decode()
+    never = command("cache", "path", f"{uri}/models/iris@2/")
+    assert (never.status, never.out) == (1, b"")
+    assert "never cached" in never.error
+    # And where the registry is not there.
+    (tmp_path / "registry").rename(tmp_path / "elsewhere")
+    assert command("cache", "path", f"{uri}/models/iris@1/").lines == path
 
 
 # -- looking ---------------------------------------------------------------------------------
@@ -315,6 +372,18 @@ def test_aliases_move_only_from_where_they_are_expected(
     entries = run("alias", uri, "iris", "staging", "--history", "--json").json
     assert [entry["version"] for entry in entries] == [None, 2]
     assert run("alias", uri, "iris@7", "staging").status == 1
+
+
+def test_a_misspelt_model_or_alias_is_noticed(
+    run: Inside, uri: str, registry: ModelRegistry, model: Path
+) -> None:
+    missing = run("alias", uri, "irsi", "--json")
+    assert (missing.status, missing.json_error["type"]) == (1, "ModelMissingError")
+    never = run("alias", uri, "iris", "porduction", "--history")
+    assert (never.status, never.out) == (0, b"")
+    assert "was never set" in never.err
+    registry.push("lily", model)
+    assert run("alias", uri, "lily", "--json").json == {}
 
 
 # -- removing --------------------------------------------------------------------------------

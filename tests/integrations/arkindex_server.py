@@ -3,6 +3,9 @@
 It serves the OpenAPI document that its clients ask for, takes their token, checks what was
 uploaded before a version becomes available, and refuses a second version of the same content
 in one of the forms that its releases know. Not a byte of an archive passes it.
+
+Uploads in parts are as its developers laid them down, in the issues 1926 to 1930 of
+https://gitlab.teklia.com/arkindex/backend.
 """
 
 from __future__ import annotations
@@ -19,12 +22,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Self
 
 import requests
+from botocore.exceptions import ClientError
 
-from storage.backends import open_backend
-from storage.backends.base import OpenOptions
-from storage.config import S3Config
-from storage.uri import parse_uri
-from tests.servers.s3 import S3Server
+from tests.integrations.arkindex_store import Store
 
 TOKEN = "ark-token-0123456789"
 MODEL = "0e5a3c52-6c1f-4b51-9a0f-3f6a0b1f6a11"
@@ -40,8 +40,12 @@ _OPERATIONS = {
     ("PUT", _VERSION_PATH): "UpdateModelVersion",
     ("PATCH", _VERSION_PATH): "PartialUpdateModelVersion",
     ("DELETE", _VERSION_PATH): "DestroyModelVersion",
+    ("POST", "/api/v1/multipart/"): "CreateMultipartUpload",
+    ("POST", "/api/v1/multipart/part/"): "CreateMultipartUploadPart",
+    ("POST", "/api/v1/multipart/complete/"): "CompleteMultipartUpload",
+    ("DELETE", "/api/v1/multipart/abort/"): "AbortMultipartUpload",
 }
-_BODIES = ("POST", "PUT", "PATCH")
+_ARCHIVE = ("size", "archive_hash")
 
 
 class Asked(NamedTuple):
@@ -78,7 +82,7 @@ class PlainClient:
         """Ask ``arkindex``."""
         self._arkindex = arkindex
 
-    def request(self, operation: str, id: str, body: Any = None) -> Any:
+    def request(self, operation: str, id: str = "", body: Any = None) -> Any:
         """Ask for an operation."""
         method, path = self._arkindex.address(operation)
         answer = requests.request(
@@ -92,48 +96,6 @@ class PlainClient:
         if answer.status_code >= 400:
             raise Refused(answer.status_code, content)
         return content
-
-
-class Store:
-    """Where the archives of an Arkindex go, below a prefix of a bucket.
-
-    Attributes:
-        endpoint: for which URLs are signed.
-        urls: those that were signed.
-    """
-
-    def __init__(self, server: S3Server, bucket: str, prefix: str) -> None:
-        """Nothing is asked yet."""
-        self.server, self.bucket, self.prefix = server, bucket, prefix
-        self.endpoint = server.endpoint
-        self.urls: list[str] = []
-
-    def key(self, id: str) -> str:
-        """Return the key of a version's archive."""
-        return f"{self.prefix}/{id}.tar.zst"
-
-    def sign(self, id: str) -> str:
-        """Return a URL to put a version's archive to, signed by this library."""
-        config = S3Config(
-            access_key_id=self.server.access_key,
-            secret_access_key=self.server.secret_key,
-            endpoint_url=self.endpoint,
-        )
-        location = parse_uri(f"s3://{self.bucket}/{self.key(id)}")
-        backend = open_backend(location, config, OpenOptions())
-        self.urls.append(backend.sign(location.key, "PUT", 600))
-        return self.urls[-1]
-
-    def ids(self) -> list[str]:
-        """Return the versions that have an archive."""
-        keys = self.server.keys_raw(self.bucket, self.prefix)
-        return [key.rpartition("/")[2].removesuffix(".tar.zst") for key in keys]
-
-    def get(self, id: str) -> bytes | None:
-        """Return a version's archive, if there is one."""
-        if id not in self.ids():
-            return None
-        return self.server.get_raw(self.bucket, self.key(id))
 
 
 @dataclass
@@ -155,6 +117,12 @@ class Arkindex:
     missing: set[str] = field(default_factory=set)
     """Operations that this release does not have."""
 
+    parts: Store | None = None
+    """Takes archives in parts; ``None``: this release does not."""
+
+    wants_archive: bool = False
+    """Whether a version is made only with the size and the hash of its archive."""
+
     asked: list[Asked] = field(default_factory=list)
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
@@ -168,7 +136,9 @@ class Arkindex:
         this = self
 
         class Handler(_Handler):
-            arkindex = this
+            @property
+            def arkindex(self) -> Arkindex:
+                return this
 
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -202,16 +172,15 @@ class Arkindex:
         """Return what clients learn the operations from."""
         paths: dict[str, Any] = {}
         for (method, path), name in _OPERATIONS.items():
-            if name in self.missing:
+            if name in self.missing or (self.parts is None and "Multipart" in name):
                 continue
+            id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
             about: dict[str, Any] = {
                 "operationId": name,
-                "parameters": [
-                    {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-                ],
+                "parameters": [id] if "{id}" in path else [],
                 "responses": {"200": {"description": "done"}},
             }
-            if method in _BODIES:
+            if method in ("POST", "PUT", "PATCH") or "Multipart" in name:
                 schema = {"type": "object", "additionalProperties": True}
                 about["requestBody"] = {"content": {"application/json": {"schema": schema}}}
             paths.setdefault(path, {})[method.lower()] = about
@@ -242,7 +211,9 @@ class Arkindex:
     def _CreateModelVersion(self, id: str, body: Any) -> tuple[int, Any]:  # noqa: N802
         if id not in (MODEL, OTHER_MODEL):
             raise Refusal(404, {"detail": "Not found."})
-        self._check(id, None, body, _ATTRIBUTES)
+        self._check(id, None, body, (*_ATTRIBUTES, *_ARCHIVE))
+        if self.wants_archive and (lacking := [name for name in _ARCHIVE if name not in body]):
+            raise Refusal(400, {name: ["This field is required."] for name in lacking})
         version = {
             "id": str(uuid.uuid4()),
             "model_id": id,
@@ -261,7 +232,7 @@ class Arkindex:
 
     def _UpdateModelVersion(self, id: str, body: Any) -> tuple[int, Any]:  # noqa: N802
         version = self._found(id)
-        self._check(version["model_id"], id, body, _ATTRIBUTES)
+        self._check(version["model_id"], id, body, (*_ATTRIBUTES, *_ARCHIVE))
         version.update(body)
         return 200, self._shown(version)
 
@@ -278,6 +249,67 @@ class Arkindex:
             self.lost.append(id)
         del self.versions[self._found(id)["id"]]
         return 204, None
+
+    # -- uploads in parts ----------------------------------------------------------------------
+
+    def _CreateMultipartUpload(self, id: str, body: Any) -> tuple[int, Any]:  # noqa: N802
+        store = self._multipart(id, body, {"checksum_algorithm"})
+        return 201, {"upload_id": store.begin(id)}
+
+    def _CreateMultipartUploadPart(self, id: str, body: Any) -> tuple[int, Any]:  # noqa: N802
+        known = {"upload_id", "checksum_algorithm", "part_number", "checksum", "md5_hash"}
+        store = self._multipart(id, body, known)
+        number = body.get("part_number")
+        if not isinstance(number, int) or not 1 <= number <= 10_000:
+            raise Refusal(400, {"part_number": ["A number from 1 to 10000 is wanted."]})
+        return 201, {
+            "url": store.sign_part(id, body["upload_id"], number, body.get("md5_hash")),
+        }
+
+    def _CompleteMultipartUpload(self, id: str, body: Any) -> tuple[int, Any]:  # noqa: N802
+        store = self._multipart(id, body, {"upload_id", "checksum_algorithm", "parts"})
+        parts = sorted(body["parts"], key=lambda part: part["part_number"])
+        if len({part["part_number"] for part in parts}) != len(parts):
+            raise Refusal(400, {"parts": ["A number is there twice."]})
+        if len({part.get("md5_hash") is None for part in parts}) > 1:
+            raise Refusal(400, {"parts": ["All have an MD5, or none has."]})
+        try:
+            store.complete(
+                id,
+                body["upload_id"],
+                [{"PartNumber": part["part_number"], "ETag": part["etag"]} for part in parts],
+            )
+        except ClientError as exc:
+            self.versions[id]["state"] = "error"
+            raise Refusal(400, {"detail": exc.response["Error"]["Message"]}) from exc
+        size = store.server.head_raw(store.bucket, store.key(id))["ContentLength"]
+        if size != self.versions[id]["size"]:
+            self.versions[id]["state"] = "error"
+            raise Refusal(400, {"size": [f"It has {size} bytes."]})
+        self.versions[id]["state"] = "available"
+        return 201, {}
+
+    def _AbortMultipartUpload(self, id: str, body: Any) -> tuple[int, Any]:  # noqa: N802
+        try:
+            self._multipart(id, body, {"upload_id"}).abort(id, body["upload_id"])
+        except ClientError as exc:
+            raise Refusal(404, {"detail": exc.response["Error"]["Message"]}) from exc
+        return 204, None
+
+    def _multipart(self, id: str, body: Any, known: set[str]) -> Store:
+        """Return the store, if the body of a request is as it has to be."""
+        if self.parts is None:
+            raise Refusal(404, {"detail": "Not found."})
+        if wrong := body.keys() - known - {"object_type", "object_id"}:
+            raise Refusal(400, {name: ["Unknown field."] for name in wrong})
+        if body.get("object_type") != "model_version":
+            raise Refusal(400, {"object_type": ["This server has no other objects."]})
+        if "upload_id" in known and not body.get("upload_id"):
+            raise Refusal(400, {"upload_id": ["This field is required."]})
+        if body.get("checksum_algorithm") or body.get("checksum"):
+            raise Refusal(400, {"checksum_algorithm": ["This server knows none."]})
+        self._found(id)
+        return self.parts
 
     def _found(self, id: str) -> dict[str, Any]:
         if id not in self.versions:
@@ -325,8 +357,11 @@ class Arkindex:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    arkindex: Arkindex
     protocol_version = "HTTP/1.1"
+
+    @property
+    def arkindex(self) -> Arkindex:
+        raise NotImplementedError
 
     def do_GET(self) -> None:
         self._serve()
@@ -350,16 +385,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, self.arkindex.document())
             return
         match = re.fullmatch(r"(/api/v1/model(?:version)?)/([^/]+)/(versions/)?", path)
-        template = "" if match is None else f"{match[1]}/{{id}}/{match[3] or ''}"
+        template = path if match is None else f"{match[1]}/{{id}}/{match[3] or ''}"
         operation = _OPERATIONS.get((self.command, template))
-        if match is None or operation is None:
+        if operation is None or operation in self.arkindex.missing:
             self._send(404, {"detail": "Not found."})
             return
         if self.headers.get("Authorization") != f"Token {TOKEN}":
             self._send(403, {"detail": "Authentication credentials were not provided."})
             return
         body = json.loads(raw) if raw else None
-        status, content, arrives = self.arkindex.answer(operation, match[2], body)
+        id = match[2] if match is not None else str((body or {}).get("object_id"))
+        status, content, arrives = self.arkindex.answer(operation, id, body)
         if arrives:
             self._send(status, content)
             return

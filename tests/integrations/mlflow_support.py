@@ -100,7 +100,8 @@ class MlflowServer(Server):
 
     def environment(self) -> Mapping[str, str]:
         """Return what leads to this library."""
-        return self._around.environment | {
+        return {
+            **self._around.environment,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "PYTHONPATH": os.pathsep.join(self._around.path),
         }

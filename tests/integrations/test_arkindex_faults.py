@@ -13,7 +13,8 @@ from storage.errors import StorageError
 from storage.integrations.arkindex import ModelVersionPublisher, publish_model_version
 from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Fault
-from tests.integrations.arkindex_server import MODEL, Arkindex, PlainClient, Store
+from tests.integrations.arkindex_server import MODEL, Arkindex, PlainClient
+from tests.integrations.arkindex_store import Store
 from tests.servers.seaweedfs import SeaweedFS
 
 FAULTS: tuple[int | str, ...] = ("reset", "lost", 400, 403, 404, 409, 500)

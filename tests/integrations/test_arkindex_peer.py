@@ -20,8 +20,8 @@ from tests.integrations.arkindex_server import (
     TOKEN,
     Arkindex,
     PlainClient,
-    Store,
 )
+from tests.integrations.arkindex_store import Store
 from tests.peers.environments import Peer, PeerError, Release, running
 from tests.servers.process import ServerError
 from tests.servers.seaweedfs import SeaweedFS

@@ -30,6 +30,7 @@ from tests.integrations.mlflow_support import (
     Surroundings,
     surroundings,
 )
+from tests.integrations.test_scratch import leave
 from tests.peers.environments import Peer, PeerError, running
 from tests.servers import Azurite, FakeGCS, Hub, SeaweedFS
 from tests.servers.process import ServerError
@@ -300,6 +301,8 @@ def test_other_files_of_the_destination_stay(
     for path, data in (mine | {"folder/empty": b"older"}).items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_bytes(data)
+    # Other than what a killed download left.
+    leave(out)
     for path in ("folder", "a file.bin", ""):
         download(mlflow, run_id=logged.id, artifact_path=path, dst_path=str(out))
     assert tree_bytes(out) == EXPECTED | mine

@@ -167,6 +167,10 @@ class Actor(Generic[T]):
             unexpected = self.error if not isinstance(self.error, Exception | KilledError) else None
             assert unexpected is None, unexpected
 
+    @property
+    def has_ended(self) -> bool:
+        return self._ended
+
     def run_until(self, method: str, part: str) -> None:
         """Go on until before a call of ``method`` for a key that has ``part`` in it."""
         while self.next[0] != method or part not in self.next[1]:

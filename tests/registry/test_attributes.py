@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from storage import InvalidInput, ModelMissingError
-from storage.registry import Attributes, ModelRegistry
+from storage.registry import Attributes, ModelRegistry, Version, layout
 from tests.registry.conftest import MakeFolder
+from tests.registry.stepping import Actor, World
 
 ITSELF: dict[str, Any] = {}
 ITSELF["inner"] = [ITSELF]
@@ -142,6 +147,66 @@ def test_a_parent_that_cannot_be_written_down_is_refused_before_a_byte_is_sent(
 def test_nothing_is_said_of_a_version_that_is_not_there(iris: ModelRegistry) -> None:
     with pytest.raises(ModelMissingError):
         iris.update("iris", 2, description="x")
+
+
+def interrupted(
+    first: Callable[[ModelRegistry], Any], second: Callable[[ModelRegistry], Any], folder: Path
+) -> Iterator[tuple[World, Actor[Any]]]:
+    """Yield worlds in which somebody did the first thing, and others the second before a call."""
+    with contextlib.closing(World()) as world:
+        world.registry.push("m", folder, description="as published")
+        world.registry.update("m", tags={"t": "1"})
+        world.registry.update("m", description="as changed")
+        for calls in itertools.count():
+            with contextlib.closing(world.copy()) as copy:
+                actor = Actor(copy, first)
+                actor.run(calls)
+                if actor.has_ended:
+                    break
+                second(copy.registry)
+                actor.run()
+                yield copy, actor
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_was_said_is_seen_whole_or_not_at_all_while_a_version_is_deleted(
+    folder: MakeFolder, many: bool
+) -> None:
+    def look(registry: ModelRegistry) -> list[Version]:
+        return registry.versions("m") if many else [registry.show("m", 1)]
+
+    whole, moments = Attributes("as changed", {"t": "1"}), 0
+    source = folder({"model": b"1"})
+    for _, reader in interrupted(look, lambda registry: registry.delete("m", 1), source):
+        assert isinstance(reader.error, ModelMissingError | None)
+        assert all(version.attributes == whole for version in reader.result or ())
+        moments += 1
+    assert moments > 5
+
+
+def test_of_a_deleted_version_nothing_is_said_to_have_been_changed(folder: MakeFolder) -> None:
+    def update(registry: ModelRegistry) -> Version:
+        return registry.update("m", 1, metrics={"accuracy": 1})
+
+    def delete(registry: ModelRegistry) -> None:
+        registry.delete("m", 1)
+
+    source, told = folder({"model": b"1"}), []
+    for world, actor in interrupted(update, delete, source):
+        assert isinstance(actor.error, ModelMissingError | None)
+        if actor.error is None:
+            assert actor.result is not None
+            assert actor.result.attributes == Attributes(
+                "as changed", {"t": "1"}, metrics={"accuracy": 1}
+            )
+        told.append(actor.error is None)
+        # What was said meanwhile is not said of what has these files next, nor does it stay.
+        again = world.registry.push("m", source, description="anew")
+        assert world.registry.show("m") == again
+        assert again.attributes == Attributes("anew")
+        world.registry.gc()
+        assert not world.names(layout.attribute_logs("m"))
+    assert told[0] is False
 
 
 def test_a_diff_tells_files_and_what_is_said(iris: ModelRegistry, folder: MakeFolder) -> None:

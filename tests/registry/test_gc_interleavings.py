@@ -93,6 +93,10 @@ def set_alias(number: int) -> Callable[[Mapping[str, Path]], Work]:
     return lambda _: lambda registry: registry.set_alias("m", "production", number)
 
 
+def update(number: int) -> Callable[[Mapping[str, Path]], Work]:
+    return lambda _: lambda registry: registry.update("m", number, description="changed")
+
+
 ACTORS: Mapping[str, Callable[[Mapping[str, Path]], Work]] = {
     "publish live": publish("live"),
     "publish gone": publish("gone"),
@@ -104,6 +108,7 @@ ACTORS: Mapping[str, Callable[[Mapping[str, Path]], Work]] = {
     "collect all": collect(0),
     "delete live": delete(LIVE),
     "alias live": set_alias(LIVE),
+    "update live": update(LIVE),
 }
 PAIRS = [
     ("publish gone", "collect"),
@@ -120,6 +125,7 @@ PAIRS = [
     ("delete live", "delete live"),
     ("delete live", "collect all"),
     ("delete live", "alias live"),
+    ("delete live", "update live"),
     ("collect all", "collect all"),
 ]
 
@@ -132,9 +138,9 @@ def test_interrupted_anywhere_two_leave_a_registry_right(
     one: str, two: str, meddled: bool, first_world: World, folders: Mapping[str, Path]
 ) -> None:
     works = {name: ACTORS[name](folders) for name in (one, two)}
-    lengths = [_length(first_world, works[name]) for name in (one, two)]
+    calls, others = (_length(first_world, works[name]) for name in (one, two))
     tried = 0
-    for swapped, before, between in schedules(*lengths, STRIDE):
+    for swapped, before, between in schedules(calls, others, STRIDE):
         world = first_world.copy()
         names = (two, one) if swapped else (one, two)
         first, second = (Actor(world, works[name]) for name in names)
@@ -279,6 +285,7 @@ def _check_answer(world: World, name: str, actor: Actor[Any]) -> None:
     if verb in ("publish", "slowly"):
         assert actor.error is None, actor.error
         version = actor.result
+        assert version is not None
         if world.is_deleted(version.number):
             mark = f"models/m/deleted/{version.number:08}.json"
             assert mark not in actor.gone_before, "it got what was deleted before it began"

@@ -110,6 +110,8 @@ def test_each_version_comes_once_page_by_page(many: Path, looks: Looks) -> None:
         if len(numbers) == 450:
             break
     assert numbers == [number for number in range(1, 452) if number != 150]
+    rest = registry.each_version("iris", after=9_997)
+    assert [version.number for version in rest] == [9_998, 10_000]
 
 
 def test_the_next_number_is_found_with_few_looks(

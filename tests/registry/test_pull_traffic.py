@@ -7,18 +7,20 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from storage import S3Config, StorageClient
+from storage import StorageClient
 from storage.config import load_settings
 from storage.digest import hash_file
 from storage.errors import TransferError
 from storage.registry import ModelRegistry
 from tests.facade.conftest import bucket_store
-from tests.facade.stores import S3Store, tree_bytes
+from tests.facade.stores import BucketStore, tree_bytes
 from tests.servers import CountingProxy, Recorded
 
 KIB = 1024
@@ -34,17 +36,21 @@ FIRST = {
 }
 SECOND = FIRST | {"config.json": b'{"layers": 3}', "head.bin": random.Random(3).randbytes(MIB)}
 
+# What the documents and listings of a few calls may come to: less than any content but one.
+LITTLE = 64 * KIB
+
 
 class Traffic:
-    """A registry on SeaweedFS behind a proxy, and what content went through that."""
+    """A registry on a server behind a proxy, and what went through that."""
 
-    def __init__(self, store: S3Store, proxy: CountingProxy, folder: Path) -> None:
+    def __init__(self, store: BucketStore, proxy: CountingProxy, folder: Path) -> None:
         self.proxy = proxy
         self._store = store
         self._folder = folder
         self._sizes: dict[str, int] = {}
         self._clients: list[StorageClient] = []
-        self.config: S3Config = store.through(proxy.endpoint)
+        address = str(store.config.endpoint_url).replace(store.server.endpoint, proxy.endpoint)
+        self.config = store.config.model_copy(update={"endpoint_url": address})
         self.uri = store.uri("registry")
 
     def node(self, name: str, **settings: Any) -> ModelRegistry:
@@ -64,6 +70,20 @@ class Traffic:
             path.write_bytes(data)
             self._sizes[hash_file(str(path), ("blake3",))["blake3"].hex] = len(data)
         return folder
+
+    @property
+    def blobs(self) -> list[str]:
+        """Names of the blobs that the server has."""
+        keys = self._store.keys()
+        return [key for key in keys if key.startswith("registry/blobs/")]
+
+    @contextmanager
+    def moves(self, *, sent: int = 0, fetched: int = 0) -> Iterator[None]:
+        """Demand that so many bytes of content pass, counted by what came through the proxy."""
+        self.proxy.clear()
+        yield
+        assert sent <= self.proxy.received < sent + LITTLE
+        assert fetched <= self.proxy.answered < fetched + LITTLE
 
     def _moved(self, method: str) -> dict[str, int]:
         moved: Counter[str] = Counter()
@@ -101,22 +121,69 @@ class Traffic:
 
 
 @pytest.fixture
-def s3(request: pytest.FixtureRequest, prefix: str) -> S3Store:
-    store = bucket_store(request, "seaweedfs-obstore", prefix)
-    assert isinstance(store, S3Store)
-    return store
-
-
-@pytest.fixture
 def traffic(
-    s3: S3Store,
-    seaweedfs: Any,
+    request: pytest.FixtureRequest,
+    prefix: str,
     counting_proxy: Callable[[str], CountingProxy],
     tmp_path: Path,
 ) -> Iterator[Traffic]:
-    found = Traffic(s3, counting_proxy(seaweedfs.endpoint), tmp_path)
+    store = bucket_store(request, getattr(request, "param", "seaweedfs-obstore"), prefix)
+    found = Traffic(store, counting_proxy(store.server.endpoint), tmp_path)
     yield found
     found.close()
+
+
+@pytest.mark.parametrize(
+    "traffic", ["seaweedfs-obstore", "gcs-fsspec", "azurite-obstore"], indirect=True
+)
+def test_what_a_node_has_does_not_pass_the_network_again(traffic: Traffic) -> None:
+    one, two, three = map(traffic.node, ("one", "two", "three"))
+    one.init()
+    size = sum(traffic.contents(FIRST).values())
+    with traffic.moves(sent=size):
+        assert one.push("iris", traffic.tree(FIRST)).number == 1
+    with traffic.moves(fetched=size):
+        assert tree_bytes(two.pull("iris")) == FIRST
+    blobs = traffic.blobs
+    assert len(blobs) == len(traffic.contents(FIRST))
+
+    # Published again from another node, which has it from the registry.
+    with traffic.moves(fetched=size):
+        elsewhere = three.pull("iris", 1)
+    with traffic.moves():
+        assert three.push("iris", elsewhere).number == 1
+        assert three.push("lily", elsewhere).number == 1
+    assert traffic.blobs == blobs
+    with traffic.moves():
+        for model, reference in (("iris", "latest"), ("iris", 1), ("lily", 1)):
+            assert tree_bytes(two.pull(model, reference)) == FIRST
+
+    # With one file changed, and one more.
+    new = sum(len(SECOND[name]) for name in SECOND if FIRST.get(name) != SECOND[name])
+    with traffic.moves(sent=new):
+        assert three.push("iris", traffic.tree(SECOND)).number == 2
+    assert len(set(traffic.blobs) - set(blobs)) == 2
+    with traffic.moves(fetched=new):
+        assert tree_bytes(two.pull("iris")) == SECOND
+
+    # Other processes with the cache of that node, or with one of their own above it.
+    with traffic.moves():
+        assert tree_bytes(traffic.node("two").pull("iris")) == SECOND
+        above = traffic.node("above", cache_lower=[two.client.cache.upper.path])
+        assert tree_bytes(above.pull("iris")) == SECOND
+
+
+def test_what_two_pull_into_one_cache_at_the_same_time_comes_once(traffic: Traffic) -> None:
+    one = traffic.node("one")
+    one.init()
+    one.push("iris", traffic.tree(FIRST))
+    nodes = [traffic.node("shared") for _ in range(4)]
+    with (
+        traffic.moves(fetched=sum(traffic.contents(FIRST).values())),
+        ThreadPoolExecutor(len(nodes)) as pool,
+    ):
+        paths = set(pool.map(lambda node: node.pull("iris", 1), nodes))
+    assert [tree_bytes(path) for path in paths] == [FIRST]
 
 
 def test_a_version_that_is_pulled_published_elsewhere_and_pulled_again_moves_no_byte_twice(
@@ -201,9 +268,7 @@ def test_large_files_come_in_parts_and_nothing_else_is_asked_of_them(traffic: Tr
     assert len(traffic.proxy.requests) - len(blobs) <= 3
 
 
-def test_a_pull_that_broke_off_goes_on_where_it_was(
-    traffic: Traffic, s3: S3Store, seaweedfs: Any, tmp_path: Path
-) -> None:
+def test_a_pull_that_broke_off_goes_on_where_it_was(traffic: Traffic) -> None:
     files = {"large.bin": random.Random(4).randbytes(24 * MIB)}
     registry = traffic.node("one")
     registry.init()

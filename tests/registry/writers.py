@@ -244,13 +244,20 @@ def _publish(job: Job, registry: ModelRegistry) -> None:
 def _collect(job: Job, registry: ModelRegistry, counts: dict[str, int]) -> None:
     dice = random.Random(job.seed)
     os.set_blocking(0, False)
-    while sys.stdin.buffer.raw.read(1) != b"":  # type: ignore[attr-defined]
+    while not _input_has_ended():
         # With 0 every publisher is dead for it.
         found = registry.gc(grace=dice.choice((0, 0, 0.5, 3)))
         counts["runs"] += 1
         counts["removed"] += found.removed
         counts["revoked"] += found.leases
         counts["helped"] += found.helped
+
+
+def _input_has_ended() -> bool:
+    try:
+        return os.read(0, 1) == b""
+    except BlockingIOError:
+        return False
 
 
 def _steps(job: Job) -> None:

@@ -52,6 +52,7 @@ class CountingProxy:
         self._lock = threading.Lock()
         self._requests: list[Recorded] = []
         self._seen = 0
+        self._received = self._answered = 0
         self._server: _ProxyServer | None = None
         self._thread: threading.Thread | None = None
 
@@ -67,11 +68,23 @@ class CountingProxy:
         with self._lock:
             return list(self._requests)
 
+    @property
+    def received(self) -> int:
+        """Bytes of all bodies of requests so far."""
+        with self._lock:
+            return self._received
+
+    @property
+    def answered(self) -> int:
+        """Bytes of all bodies of answers so far."""
+        with self._lock:
+            return self._answered
+
     def clear(self) -> None:
         """Forget what has passed; numbers for ``fault`` start at 1 again."""
         with self._lock:
             self._requests.clear()
-            self._seen = 0
+            self._seen = self._received = self._answered = 0
 
     def count(self, method: str | None = None) -> int:
         """Return how many requests, of one method or of all, have passed."""
@@ -104,6 +117,12 @@ class CountingProxy:
         """Note an answer."""
         with self._lock:
             self._requests.append(Recorded(method, path, status, headers))
+
+    def count_bytes(self, *, received: int = 0, answered: int = 0) -> None:
+        """Count bytes of bodies, before they go on."""
+        with self._lock:
+            self._received += received
+            self._answered += answered
 
 
 class _ProxyServer(ThreadingHTTPServer):
@@ -169,6 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._chunks() if chunked else self._counted(self.headers.get("Content-Length"))
         try:
             for block in body:
+                self.server.proxy.count_bytes(received=len(block))
                 upstream.send(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
             if chunked:
                 upstream.send(b"0\r\n\r\n")
@@ -204,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             while block := answer.read1(_BLOCK):
+                self.server.proxy.count_bytes(answered=len(block))
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
         except (OSError, http.client.HTTPException):
             self.close_connection = True

@@ -20,6 +20,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,9 +33,10 @@ from forml.io import asset  # type: ignore[import-not-found]
 from storage.client.parallel import map_parallel
 from storage.digest import Digest, hash_file, tree_digest
 from storage.errors import BucketMissingError, ModelMissingError, ObjectExistsError, few
-from storage.files import remove, sync_tree
+from storage.files import sync_tree
 from storage.integrations.forml import naming
 from storage.integrations.forml.place import Place, digest_of
+from storage.integrations.scratch import remove_dead, scratch
 from storage.registry import layout
 from storage.registry.documents import encode, read_fields
 from storage.transfer import events
@@ -47,6 +49,18 @@ __all__ = ["Inventory", "Registry"]
 _LOGGER = logging.getLogger(__name__)
 # As ForML itself leaves out of a folder that it installs.
 _CONTENT = Patterns(ignore=("__pycache__/", "*/__pycache__/"))
+# ForML reads a manifest, or a descriptor, by an import for which it exchanges sys.path and takes
+# entries out of sys.modules. Two threads would get one another's, and lose entries of sys.path.
+_one_thread = threading.RLock()
+
+
+def _after_fork() -> None:
+    # The thread that held it does not exist in the child.
+    global _one_thread
+    _one_thread = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Registry(asset.Registry):  # type: ignore[misc]
@@ -72,7 +86,8 @@ class Registry(asset.Registry):  # type: ignore[misc]
         self._place = Place(uri)
         self._given = (self._place.uri, os.path.abspath(staging) if staging else None)
         # Without one, ForML makes a new folder for every registry that it unpickles.
-        super().__init__(self._given[1] or _temporary_staging(self._place.location))
+        with _one_thread:
+            super().__init__(self._given[1] or _temporary_staging(self._place.location))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._place.location)!r})"
@@ -177,7 +192,8 @@ class Registry(asset.Registry):  # type: ignore[misc]
     def mount(self, project: Any, release: Any) -> Any:
         """Install the package of a release into the staging folder; return the artifact.
 
-        A package is installed once, whole or not at all, whoever else mounts it meanwhile.
+        A package is installed once, whole or not at all, whoever else mounts it meanwhile, in
+        another thread, process or machine.
 
         Raises:
             forml.MissingError: there is no such release.
@@ -190,7 +206,10 @@ class Registry(asset.Registry):  # type: ignore[misc]
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=asset.TMPDIR) as folder:
                 _install(self._pull(project, release, folder), target)
-        return projects.Package(target).install(target)
+        else:
+            remove_dead(str(target.parent))
+        with _one_thread:
+            return projects.Package(target).install(target)
 
     def _pull(self, project: Any, release: Any, folder: str) -> Any:
         is_tree, digest = self._released(project, release)
@@ -203,7 +222,8 @@ class Registry(asset.Registry):  # type: ignore[misc]
             )
         except ModelMissingError as exc:
             raise forml.MissingError(f"the package of {project}-{release} is gone: {exc}") from exc
-        return projects.Package(path)
+        with _one_thread:
+            return projects.Package(path)
 
     def _released(self, project: Any, release: Any) -> tuple[bool, Digest]:
         """Return whether a release's package is a folder, and its digest."""
@@ -393,7 +413,8 @@ class Inventory(asset.Inventory):  # type: ignore[misc]
                 raise
             except ModelMissingError as exc:
                 raise forml.MissingError(f"{self!r} has no application {application}") from exc
-            return applications.Descriptor.Handle(path).descriptor
+            with _one_thread:
+                return applications.Descriptor.Handle(path).descriptor
 
     def put(self, descriptor: Any) -> None:
         """Store the descriptor of an application, in place of the one that it had.
@@ -428,9 +449,16 @@ def _temporary_staging(location: Any) -> str:
 
 def _install(package: Any, target: pathlib.Path) -> None:
     """Install a package so that ``target`` appears whole or not at all."""
-    partial = target.with_name(f".{uuid.uuid4().hex}")
-    try:
-        package.install(partial)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with scratch(str(target.parent)) as folder:
+        partial = pathlib.Path(folder, "package")
+        with _one_thread:
+            try:
+                package.install(partial)
+            finally:
+                # ForML imports from wherever it installed something.
+                gone = str(partial.parent.resolve() / partial.name)
+                sys.path[:] = [path for path in sys.path if path != gone]
         sync_tree(str(partial))
         try:
             partial.rename(target)
@@ -438,8 +466,3 @@ def _install(package: Any, target: pathlib.Path) -> None:
             # Somebody else was faster.
             if not target.exists():
                 raise
-    finally:
-        # ForML imports from wherever it installed something.
-        gone = str(partial.parent.resolve() / partial.name)
-        sys.path[:] = [path for path in sys.path if path != gone]
-        remove(str(partial))

@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -287,6 +287,30 @@ def mount_at_once(uri, project, version, staging, processes):
     return _at_once(mount, [arguments] * processes)
 
 
+def mount_in_threads(uris, project, staging, rounds):
+    """Let threads mount, one for each registry; return what each thread mounted, and sys.path."""
+    before, interval = list(sys.path), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(uris)) as pool:
+            found = []
+            for number in range(rounds):
+                places = [f"{staging}/{number}"] * len(uris)
+                found.append(list(pool.map(_read_mounted, uris, [project] * len(uris), places)))
+        return {"read": found, "imports": [path for path in sys.path if path not in before]}
+    finally:
+        sys.setswitchinterval(interval)
+        sys.path[:] = before
+
+
+def _read_mounted(uri, project, staging):
+    registry = _registry(uri, staging)
+    (release,) = registry.releases(project)
+    artifact = registry.mount(project, release)
+    manifest = registry.pull(project, release).manifest
+    return [str(artifact.path), artifact.package, manifest.package]
+
+
 def push_at_once(uri, packages):
     """Let several processes push packages."""
     return _at_once(push, [{"uri": uri, "package": package} for package in packages])
@@ -396,7 +420,7 @@ def guarded(task):
 if __name__ == "__main__":
     TASKS = [
         command, create, describe, push, put, pull, mount, levels, listed, train, states, write,
-        close, read, open_, close_at_once, mount_at_once, push_at_once,
+        close, read, open_, close_at_once, mount_at_once, mount_in_threads, push_at_once,
         killed, pickled, compare, applications,
         put_application, application,
     ]  # fmt: skip

@@ -144,6 +144,31 @@ def test_packages_are_installed_once_and_never_mixed_up(
 
 
 @on_file
+def test_threads_mount_at_once_what_they_ask_for(forml: Peer, store: Store, tmp_path: Path) -> None:
+    rounds, names = 5, ["one", "two", "three", "four"]
+    for name in names:
+        source = tmp_path / name
+        (source / name).mkdir(parents=True)
+        (source / name / "__init__.py").write_text(f"# {name}\n")
+        path = tmp_path / f"{name}.4ml"
+        forml("create", source=source, target=path, version="1", name=NAME, package=name)
+        forml("push", uri=store.uri(name), package=path)
+    uris = [store.uri(name) for name in names] * 2
+    found = forml(
+        "mount_in_threads", uris=uris, project=NAME, staging=tmp_path / "staging", rounds=rounds
+    )
+    mounted = set()
+    for answers in found["read"]:
+        for name, (path, package, pulled) in zip(names * 2, answers, strict=True):
+            assert (package, pulled) == (name, name)
+            assert content_of(Path(path))[f"{name}/__init__.py"] == f"# {name}\n".encode()
+            mounted.add(path)
+    assert len(mounted) == rounds * len(names)
+    # Python finds all of them, and nothing that is gone.
+    assert set(found["imports"]) == mounted
+
+
+@on_file
 def test_odd_names_are_kept(forml: Peer, store: Store, tmp_path: Path) -> None:
     names = ["..", "a/b", "ü %2F", "end."]
     for index, name in enumerate(names):
