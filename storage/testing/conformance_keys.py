@@ -18,6 +18,7 @@ from storage.testing.conformance_support import (
     read_all,
     stored,
 )
+from storage.transfer.retry import RetryPolicy
 
 __all__ = ["Keys"]
 
@@ -227,8 +228,10 @@ class Keys(Scenario):
     def test_many_keys_under_one_prefix(self, backend: Backend, raw: Raw) -> None:
         keys = [f"many/{number:05}" for number in range(self.count)]
         if backend.capabilities.write:
-            work = [partial(backend.write, key, bytes_payload(key.encode())) for key in keys]
-            in_threads(work, 16)
+            # A backend makes one attempt, and of thousands some may fail for a passing reason.
+            attempts = RetryPolicy()
+            writes = [partial(backend.write, key, bytes_payload(key.encode())) for key in keys]
+            in_threads([partial(attempts.run, write) for write in writes], 16)
         else:
             for key in keys:
                 raw.put(key, key.encode())
