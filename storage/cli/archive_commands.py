@@ -15,6 +15,7 @@ from storage.cli.arguments import (
     size_argument,
     uri_argument,
 )
+from storage.cli.commands import store_config
 from storage.cli.output import Output
 
 __all__ = ["fill", "run"]
@@ -147,10 +148,9 @@ def _extract(args: argparse.Namespace, output: Output) -> None:
 
 def _extract_stored(args: argparse.Namespace, output: Output) -> str:
     from storage.client import StorageClient
-    from storage.config import named_config
 
     with StorageClient() as client, output.reporter() as reporter:
-        config = None if args.config is None else named_config(args.config, client.settings)
+        config = store_config(client, args.config)
         return client.download(
             args.archive,
             args.folder,

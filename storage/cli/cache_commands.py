@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from storage import __version__
+from storage.cli.commands import store_config
 from storage.cli.output import Output, count, human_size, human_time, iso_time, new_file
 from storage.client import StorageClient
 from storage.errors import (
@@ -150,12 +151,11 @@ def _du(client: StorageClient, args: Namespace, output: Output) -> None:
 
 def _path(client: StorageClient, args: Namespace, output: Output) -> None:
     from storage.client.download import Download, DownloadOptions
-    from storage.config import named_config
     from storage.transfer.plan import Patterns
 
     location = parse_uri(args.uri)
     options = DownloadOptions(
-        config=None if args.config is None else named_config(args.config, client.settings),
+        config=store_config(client, args.config),
         patterns=Patterns(args.allow, args.ignore),
         unpack=args.unpack,
         offline=True,
@@ -227,10 +227,9 @@ def _telling(output: Output, did: str) -> Callable[[int], None]:
 
 
 def _repair(client: StorageClient, args: Namespace, output: Output) -> None:
-    from storage.config import named_config
     from storage.registry import fetch_again
 
-    config = None if args.config is None else named_config(args.config, client.settings)
+    config = store_config(client, args.config)
     with output.reporter() as reporter:
         repairs = client.repair(full=args.full, config=config, progress=reporter, fetch=fetch_again)
     failed = [each for each in repairs if each.outcome not in ("repaired", "changed")]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from storage.client.signatures import SignaturePolicy
     from storage.digest import Digest
 
-__all__ = ["fetch_options", "run"]
+__all__ = ["fetch_options", "run", "store_config"]
 
 _BLOCK = 1024 * 1024
 
@@ -48,7 +48,8 @@ def _client() -> StorageClient:
     return StorageClient()
 
 
-def _config(client: StorageClient, name: str | None) -> Any:
+def store_config(client: StorageClient, name: str | None) -> Any:
+    """Return the config that ``--config`` names; ``None`` if it was not given."""
     if name is None:
         return None
     from storage.config import named_config
@@ -79,7 +80,7 @@ def _policy(file: str | None) -> SignaturePolicy | None:
 def _download(args: Namespace, output: Output) -> None:
     began = time.perf_counter()
     with _client() as client, output.reporter() as reporter:
-        config = _config(client, args.config)
+        config = store_config(client, args.config)
         if args.dry_run:
             _print_plan(client, config, args, output)
             return
@@ -151,7 +152,7 @@ def _upload(args: Namespace, output: Output) -> None:
         client.upload(
             args.src,
             args.uri,
-            config=_config(client, args.config),
+            config=store_config(client, args.config),
             overwrite=not args.no_overwrite,
             allow_patterns=args.allow,
             ignore_patterns=args.ignore,
@@ -167,7 +168,7 @@ def _ls(args: Namespace, output: Output) -> None:
 
     patterns = Patterns(args.allow, args.ignore)
     with _client() as client:
-        found = client.list_infos(args.uri, config=_config(client, args.config))
+        found = client.list_infos(args.uri, config=store_config(client, args.config))
     entries = [(path, info) for path, info in found if patterns.wants(path)]
     if not entries:
         shown = _shown(args.uri)
@@ -182,7 +183,7 @@ def _ls(args: Namespace, output: Output) -> None:
 
 def _stat(args: Namespace, output: Output) -> None:
     with _client() as client:
-        found = client.get_object_metadata(args.uri, config=_config(client, args.config))
+        found = client.get_object_metadata(args.uri, config=store_config(client, args.config))
     output.result(found, _field_lines(found))
 
 
@@ -192,8 +193,8 @@ def _cp(args: Namespace, output: Output) -> None:
         client.copy_object(
             args.src_uri,
             args.dest_uri,
-            config=_config(client, args.config),
-            dest_config=_config(client, args.dest_config),
+            config=store_config(client, args.config),
+            dest_config=store_config(client, args.dest_config),
             progress=reporter,
         )
     output.note_summary(reporter)
@@ -204,7 +205,7 @@ def _cp(args: Namespace, output: Output) -> None:
 def _rm(args: Namespace, output: Output) -> None:
     with _client() as client:
         client.delete_object(
-            args.uri, config=_config(client, args.config), recursive=args.recursive
+            args.uri, config=store_config(client, args.config), recursive=args.recursive
         )
     output.note(f"deleted {_shown(args.uri)}")
     output.result({"ok": True, "uri": _shown(args.uri)})
@@ -216,7 +217,7 @@ def _cat(args: Namespace, output: Output) -> None:
     location = parse_uri(args.uri)
     with (
         _client() as client,
-        client.open(args.uri, "rb", config=_config(client, args.config)) as stream,
+        client.open(args.uri, "rb", config=store_config(client, args.config)) as stream,
     ):
         known: list[tuple[str, Digest]] = []
         if location.digest is not None:
@@ -255,7 +256,7 @@ def _lock(args: Namespace, output: Output) -> None:
     with _client() as client, output.reporter() as reporter:
         lock = client.lock(
             args.uris,
-            config=_config(client, args.config),
+            config=store_config(client, args.config),
             allow_patterns=args.allow,
             ignore_patterns=args.ignore,
             progress=reporter,
@@ -267,7 +268,7 @@ def _lock(args: Namespace, output: Output) -> None:
 def _prefetch(args: Namespace, output: Output) -> None:
     began = time.perf_counter()
     with _client() as client:
-        results = client.prefetch(args.file, config=_config(client, args.config), pin=args.pin)
+        results = client.prefetch(args.file, config=store_config(client, args.config), pin=args.pin)
     failed = [result for result in results if result.error is not None]
     models = [
         {

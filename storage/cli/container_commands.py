@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
+from storage.cli.commands import store_config
 from storage.cli.output import Output, human_size, new_file
 from storage.client import StorageClient
 from storage.container import ModelContainer, ModelContainerBuilder, get_helper
@@ -46,14 +47,8 @@ def run(args: Namespace, output: Output) -> None:
 
 
 def _opened(client: StorageClient, args: Namespace) -> ModelContainer:
-    config = _config(client, args.config)
+    config = store_config(client, args.config)
     return ModelContainer.open(args.src, config=config, client=client, cache=args.cache)
-
-
-def _config(client: StorageClient, name: str | None) -> Any:
-    from storage.config import named_config
-
-    return None if name is None else named_config(name, client.settings)
 
 
 # -- making ----------------------------------------------------------------------------------
@@ -94,9 +89,9 @@ def _build(client: StorageClient, args: Namespace, output: Output) -> None:
         builder.set_metadata_dict(dict(args.meta or ()))
         if args.id is not None:
             builder.set_model_id(args.id)
-        config = _config(client, args.dest_config)
+        config = store_config(client, args.dest_config)
         if config is None and (args.src is None or parse_uri(args.src).type == out.type):
-            config = _config(client, args.config)
+            config = store_config(client, args.config)
         path = client.backend(out, config).local_path(out.key) if out.is_local else None
         folder = os.path.dirname(path) if path else stack.enter_context(TemporaryDirectory())
         container = stack.enter_context(builder.build(dir=folder))
@@ -318,7 +313,7 @@ def _here(client: StorageClient, args: Namespace) -> str:
             f"{location}: a bundle signs a folder or a file of this machine; "
             "storage download brings it here"
         )
-    config = _config(client, args.config)
+    config = store_config(client, args.config)
     # It is signed, or verified, right now.
     return client.download(args.src, config=config, require_signature=False)
 

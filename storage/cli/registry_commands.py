@@ -9,7 +9,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-from storage.cli.commands import fetch_options
+from storage.cli.commands import fetch_options, store_config
 from storage.cli.output import Output, amounts, count, human_size
 from storage.client import StorageClient
 from storage.registry import ANY, AliasEntry, ModelRegistry, Version, VersionFile, layout
@@ -29,11 +29,7 @@ def run(args: Namespace, output: Output) -> None:
         ReaderGoneError: nobody reads its result.
     """
     with StorageClient() as client:
-        config = None
-        if args.config is not None:
-            from storage.config import named_config
-
-            config = named_config(args.config, client.settings)
+        config = store_config(client, args.config)
         registry = ModelRegistry(args.registry, config=config, client=client)
         _COMMANDS[args.registry_command](registry, args, output)
 

@@ -206,7 +206,7 @@ class _Survey:
     def read_models(self) -> None:
         """Look at all models: read the commits that were not there at the last look."""
         self._names = {name: info.modified for name, info in self._store.infos(layout.MODELS)}
-        commits = {name for name in self._names if _kind(name) == "contents"}
+        commits = {name for name in self._names if layout.kind_of(name) == "contents"}
         added = self._store.map(self._read_commit, sorted(commits - self._read))
         self._read = commits
         self.helped += sum(added)
@@ -251,24 +251,14 @@ class _Survey:
 
     def leftovers(self, oldest: datetime) -> list[str]:
         """Return what deletions have left: of versions that are gone, or from before ``oldest``."""
-        gone = {_version_of(name) for name in self._names if _kind(name) == "deleted"}
+        gone = {
+            layout.version_of(name) for name in self._names if layout.kind_of(name) == "deleted"
+        }
         found = []
         for name, modified in self._names.items():
-            kind = _kind(name)
+            kind = layout.kind_of(name)
             given_up = kind == "deleting" and modified is not None and modified < oldest
             remains = kind in ("versions", "attributes", "deleting")
-            if given_up or (remains and _version_of(name) in gone):
+            if given_up or (remains and layout.version_of(name) in gone):
                 found.append(name)
         return sorted(found)
-
-
-def _kind(name: str) -> str:
-    """Return what an object of a model is: ``models/<model>/<kind>/…``."""
-    parts = name.split("/", 3)
-    return parts[2] if len(parts) == 4 else ""
-
-
-def _version_of(name: str) -> tuple[str, str]:
-    """Return what ``models/<model>/<kind>/<number>…`` is about: model and number."""
-    parts = name.split("/", 4)
-    return parts[1], parts[3].removesuffix(".json")

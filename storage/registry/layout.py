@@ -50,12 +50,12 @@ __all__ = [
     "check_model",
     "collection",
     "content_log",
-    "content_of",
     "contents",
     "deleted",
     "deleting",
     "deletions",
     "entry",
+    "kind_of",
     "last_part",
     "model_of",
     "number",
@@ -66,6 +66,7 @@ __all__ = [
     "upload",
     "verdict",
     "version",
+    "version_of",
     "versions",
 ]
 
@@ -272,10 +273,16 @@ def blob_digest(name: str) -> str | None:
     return digest if ours else None
 
 
-def content_of(name: str) -> str | None:
-    """Return the content whose log an entry's name is in; ``None`` if it is no name of ours."""
-    above, _, found = name.rpartition("/")[0].rpartition("/")
-    return found if above.endswith("/contents") and _HEX.fullmatch(found) else None
+def kind_of(name: str) -> str:
+    """Return what an object of a model is: ``models/<model>/<kind>/…``."""
+    parts = name.split("/", 3)
+    return parts[2] if len(parts) == 4 else ""
+
+
+def version_of(name: str) -> tuple[str, str]:
+    """Return what ``models/<model>/<kind>/<number>…`` is about: model and number."""
+    parts = name.split("/", 4)
+    return parts[1], parts[3].removesuffix(".json")
 
 
 def model_of(name: str) -> str | None:

@@ -203,7 +203,7 @@ class Pull(Download):
     def _planned(self, file: VersionFile) -> PlannedFile:
         store = self._registry.store
         # Which upload of a content it was is nothing to the cache, or to whoever goes on with it.
-        key = store.key(f"{layout.BLOBS}{file.blake3[:2]}/{file.blake3}")
+        key = store.key(layout.blob_incarnations(file.blake3).removesuffix("/"))
         self._names[key] = store.key(file.name)
         info = ObjectInfo(key, file.size, version=file.blake3, digests=file.digests)
         return PlannedFile(file.path, info)

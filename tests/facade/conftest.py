@@ -57,24 +57,30 @@ def bucket_store(request: pytest.FixtureRequest, name: str, prefix: str) -> Buck
     return store(name, server, driver, request.getfixturevalue(bucket), place, config)
 
 
+def any_store(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    prefix: str,
+) -> Store:
+    """Return the store with a name out of ``STORES``, with a fresh, empty place."""
+    if name == "memory":
+        return MemoryStore()
+    if name == "file":
+        return FileStore(tmp_path_factory.mktemp("files") / "place")
+    if name == "pvc":
+        return PVCStore(tmp_path_factory.mktemp("mounts"))
+    if name == "hub":
+        return HubStore(request.getfixturevalue("hub"))
+    return bucket_store(request, name, prefix)
+
+
 @pytest.fixture
 def make_store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prefix: str
 ) -> Callable[[str], Store]:
     """Call it with a name out of ``STORES`` to get that store with a fresh, empty place."""
-
-    def make(name: str) -> Store:
-        if name == "memory":
-            return MemoryStore()
-        if name == "file":
-            return FileStore(tmp_path_factory.mktemp("files") / "place")
-        if name == "pvc":
-            return PVCStore(tmp_path_factory.mktemp("mounts"))
-        if name == "hub":
-            return HubStore(request.getfixturevalue("hub"))
-        return bucket_store(request, name, prefix)
-
-    return make
+    return lambda name: any_store(request, tmp_path_factory, name, prefix)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import logging
 import random
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from storage.config import HTTPConfig
-from storage.container import create_archive, extract_archive
+from storage.container import create_archive
 from storage.errors import (
     AuthenticationError,
     IntegrityError,
@@ -32,9 +31,9 @@ from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Fault
 from storage.transfer.progress import Progress
 from tests.faults.scripts import once
+from tests.integrations.arkindex_checks import available
 from tests.integrations.arkindex_server import MODEL, OTHER_MODEL, TOKEN, Arkindex, Refused
 from tests.integrations.arkindex_store import Store
-from tests.peers import trees
 from tests.peers.environments import ARKINDEX, ARKINDEX_BEFORE, Release
 from tests.servers.seaweedfs import SeaweedFS
 
@@ -98,17 +97,9 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def published(arkindex: Arkindex, store: Store, version: Any, folder: Path, scratch: Path) -> None:
     """Check that a version is available and that its archive is the folder, byte for byte."""
-    assert version == arkindex.versions[version["id"]] | {"s3_put_url": None}
-    data = store.get(version["id"])
-    assert data is not None
-    assert version["state"] == "available"
-    assert version["size"] == len(data)
-    assert version["archive_hash"] == hashlib.md5(data).hexdigest()
+    available(arkindex, store, version, folder, scratch)
     with create_archive(folder) as (_, content_hash, *_rest):
         assert version["hash"] == content_hash
-    (scratch / "seen.tar.zst").write_bytes(data)
-    extract_archive(scratch / "seen.tar.zst", scratch / "seen")
-    assert trees.seen(scratch / "seen") == trees.seen(folder)
     head = store.server.head_raw(store.bucket, store.key(version["id"]))
     assert head["ContentType"] == "application/zstd"
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from storage.config import HTTPConfig
-from storage.container import create_archive, extract_archive
+from storage.container import create_archive
 from storage.errors import (
     AuthenticationError,
     IntegrityError,
@@ -29,9 +29,9 @@ from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Fault, Request
 from storage.transfer.progress import Progress
 from tests.faults.scripts import once
+from tests.integrations.arkindex_checks import available
 from tests.integrations.arkindex_server import MODEL, TOKEN, Arkindex, PlainClient
 from tests.integrations.arkindex_store import Store
-from tests.peers import trees
 from tests.peers.environments import ARKINDEX, Peer, running
 from tests.servers.process import ServerError
 from tests.servers.seaweedfs import SeaweedFS
@@ -76,15 +76,7 @@ def _small_and_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def published(arkindex: Arkindex, store: Store, version: Any, folder: Path, scratch: Path) -> None:
     """Check that a version is available and that its archive is the folder, byte for byte."""
-    assert version == arkindex.versions[version["id"]] | {"s3_put_url": None}
-    data = store.get(version["id"])
-    assert data is not None
-    assert version["state"] == "available"
-    assert version["size"] == len(data)
-    assert version["archive_hash"] == hashlib.md5(data).hexdigest()
-    (scratch / "seen.tar.zst").write_bytes(data)
-    extract_archive(scratch / "seen.tar.zst", scratch / "seen")
-    assert trees.seen(scratch / "seen") == trees.seen(folder)
+    available(arkindex, store, version, folder, scratch)
     assert store.pending() == []
 
 

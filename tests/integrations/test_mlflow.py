@@ -11,12 +11,6 @@ from uuid import uuid4
 import pytest
 
 from tests.facade.stores import (
-    AzureStore,
-    BucketStore,
-    FileStore,
-    GCSStore,
-    HubStore,
-    PVCStore,
     S3Store,
     Store,
     tree_bytes,
@@ -32,7 +26,7 @@ from tests.integrations.mlflow_support import (
 )
 from tests.integrations.test_scratch import leave
 from tests.peers.environments import Peer, PeerError, running
-from tests.servers import Azurite, FakeGCS, Hub, SeaweedFS
+from tests.servers import SeaweedFS
 from tests.servers.process import ServerError
 
 CLASS = "storage.integrations.mlflow.ModelStorageArtifactRepository"
@@ -60,19 +54,10 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def mounts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where claims are mounted."""
-    return tmp_path_factory.mktemp("mounts")
-
-
-@pytest.fixture(scope="session")
 def around(
     tmp_path_factory: pytest.TempPathFactory,
-    mounts: Path,
     seaweedfs: SeaweedFS,
-    gcs_server: FakeGCS,
-    azurite: Azurite,
-    hub_server: Hub,
+    store_settings: dict[str, dict[str, str]],
 ) -> Surroundings:
     """This library as an installed package, and the servers in its settings."""
     try:
@@ -85,20 +70,7 @@ def around(
         "s3": {"prefix": "s3://shared/", **good},
         "absent": {"prefix": "s3://no-such-bucket/", **good},
         "refused": {"prefix": "s3://shared/refused", "secret_access_key": "not this one", **s3},
-        "gs": {"prefix": "gs://shared/", "token": "any", "endpoint_url": gcs_server.endpoint},
-        "azure": {
-            "prefix": "azure://shared/",
-            "account_name": azurite.main.name,
-            "account_key": azurite.main.key,
-            "endpoint_url": azurite.account_url(),
-        },
-        "hub": {
-            "prefix": "hf://owner",
-            "token": hub_server.writer.token,
-            "endpoint": hub_server.url,
-        },
-        "claims": {"prefix": "pvc://claim", "mount_root": str(mounts)},
-    }
+    } | store_settings
     return surroundings(tmp_path_factory.mktemp("around"), stores)
 
 
@@ -109,26 +81,6 @@ def mlflow(around: Surroundings, tmp_path_factory: pytest.TempPathFactory) -> It
         version = peer("prepare", path=around.path, environment=around.environment)
         assert f"mlflow-skinny=={version}" == MLFLOW.requirement
         yield peer
-
-
-@pytest.fixture
-def store(request: pytest.FixtureRequest, tmp_path: Path, mounts: Path, prefix: str) -> Store:
-    """A store with a fresh, empty place."""
-    kind: str = request.param
-    if kind == "file":
-        return FileStore(tmp_path / "the store")
-    if kind == "pvc":
-        return PVCStore(mounts, "claim", prefix)
-    if kind == "hub":
-        return HubStore(request.getfixturevalue("hub"))
-    make: type[BucketStore]
-    make, server, bucket = {
-        "s3": (S3Store, "seaweedfs", "shared_bucket"),
-        "gs": (GCSStore, "gcs_server", "gcs_shared_bucket"),
-        "azure": (AzureStore, "azurite", "azurite_shared_container"),
-    }[kind]
-    get = request.getfixturevalue
-    return make(kind, get(server), "", get(bucket), prefix, None)
 
 
 @pytest.fixture

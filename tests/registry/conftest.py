@@ -11,8 +11,8 @@ import pytest
 from storage import StorageClient
 from storage.backends.base import Backend
 from storage.registry import ModelRegistry
-from tests.facade.conftest import bucket_store
-from tests.facade.stores import FileStore, HubStore, MemoryStore, PVCStore, Store
+from tests.facade.conftest import any_store
+from tests.facade.stores import Store
 
 REGISTRY_STORES = (
     "memory",
@@ -38,16 +38,7 @@ def registry_store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prefix: str
 ) -> Store:
     """A store with a fresh, empty place."""
-    name: str = request.param
-    if name == "memory":
-        return MemoryStore()
-    if name == "file":
-        return FileStore(tmp_path_factory.mktemp("files") / "place")
-    if name == "pvc":
-        return PVCStore(tmp_path_factory.mktemp("mounts"))
-    if name == "hub":
-        return HubStore(request.getfixturevalue("hub"))
-    return bucket_store(request, name, prefix)
+    return any_store(request, tmp_path_factory, request.param, prefix)
 
 
 @pytest.fixture

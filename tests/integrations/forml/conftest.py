@@ -11,13 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.facade.stores import (
-    AzureStore,
-    BucketStore,
-    FileStore,
-    GCSStore,
-    HubStore,
-    PVCStore,
-    S3Store,
     Store,
 )
 from tests.integrations.forml.support import (
@@ -30,24 +23,15 @@ from tests.integrations.forml.support import (
     write_wheel,
 )
 from tests.peers.environments import Peer
-from tests.servers import Azurite, FakeGCS, Hub, SeaweedFS
+from tests.servers import SeaweedFS
 from tests.servers.process import ServerError
-
-
-@pytest.fixture(scope="session")
-def mounts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where claims are mounted."""
-    return tmp_path_factory.mktemp("mounts")
 
 
 @pytest.fixture(scope="session")
 def start(
     tmp_path_factory: pytest.TempPathFactory,
-    mounts: Path,
     seaweedfs: SeaweedFS,
-    gcs_server: FakeGCS,
-    azurite: Azurite,
-    hub_server: Hub,
+    store_settings: dict[str, dict[str, str]],
 ) -> Iterator[Start]:
     """Starts processes with ForML, which find this library and its settings."""
     try:
@@ -55,22 +39,7 @@ def start(
     except ServerError as exc:
         pytest.fail(f"{FORML.requirement} cannot be installed: {exc}", pytrace=False)
     s3 = {"access_key_id": seaweedfs.access_key, "secret_access_key": seaweedfs.secret_key}
-    stores = {
-        "s3": {"prefix": "s3://", **s3},
-        "gs": {"prefix": "gs://shared/", "token": "any", "endpoint_url": gcs_server.endpoint},
-        "azure": {
-            "prefix": "azure://shared/",
-            "account_name": azurite.main.name,
-            "account_key": azurite.main.key,
-            "endpoint_url": azurite.account_url(),
-        },
-        "hub": {
-            "prefix": "hf://owner",
-            "token": hub_server.writer.token,
-            "endpoint": hub_server.url,
-        },
-        "claims": {"prefix": "pvc://claim", "mount_root": str(mounts)},
-    }
+    stores = {"s3": {"prefix": "s3://", **s3}} | store_settings
     with ExitStack() as stack:
 
         def begin(environment: Mapping[str, str], endpoint: str = seaweedfs.endpoint) -> Peer:
@@ -100,26 +69,6 @@ def start(
 def forml(start: Start) -> Peer:
     """A process with ForML."""
     return start({})
-
-
-@pytest.fixture
-def store(request: pytest.FixtureRequest, tmp_path: Path, mounts: Path, prefix: str) -> Store:
-    """A store with a fresh, empty place."""
-    kind: str = request.param
-    get = request.getfixturevalue
-    if kind == "file":
-        return FileStore(tmp_path / "the store")
-    if kind == "pvc":
-        return PVCStore(mounts, "claim", prefix)
-    if kind == "hub":
-        return HubStore(get("hub"))
-    make: type[BucketStore]
-    make, server, bucket = {
-        "s3": (S3Store, "seaweedfs", "shared_bucket"),
-        "gs": (GCSStore, "gcs_server", "gcs_shared_bucket"),
-        "azure": (AzureStore, "azurite", "azurite_shared_container"),
-    }[kind]
-    return make(kind, get(server), "", get(bucket), prefix, None)
 
 
 @pytest.fixture
