@@ -12,16 +12,16 @@ from storage.client.download import Download, DownloadOptions, Link
 from storage.client.offline import Offline
 from storage.config.freshness import Freshness
 from storage.digest import Digest
-from storage.errors import InvalidInput, ObjectExistsError, UnsupportedOperation
+from storage.errors import InvalidInput, UnsupportedOperation
 from storage.transfer import events
 from storage.transfer.plan import Patterns, Plan, make_plan, resolve
-from storage.transfer.progress import Meter, ProgressCallback
-from storage.uri import Location, parse_uri
+from storage.transfer.progress import ProgressCallback
+from storage.uri import parse_uri
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-    from storage.backends.base import Backend, ObjectInfo
+    from storage.backends.base import ObjectInfo
     from storage.client.lockfile import LockFile
     from storage.client.prefetch import PrefetchResult
     from storage.client.repair import Fetch, Repair
@@ -263,53 +263,11 @@ class StorageClient(ClientBase):
         location = writable(parse_uri(uri))
         patterns = Patterns(allow_patterns, ignore_patterns)
         with events.transfer("upload", str(location)):
-            return self._upload(os.fspath(src), location, config, overwrite, patterns, progress)
+            # Here and below: a process that finds its model in the cache should not import what
+            # only the others need.
+            from storage.client.uploading import upload
 
-    def _upload(
-        self,
-        source: str,
-        location: Location,
-        config: Any,
-        overwrite: bool,
-        patterns: Patterns,
-        progress: ProgressCallback | None,
-    ) -> bool:
-        # Here and below: a process that finds its model in the cache should not import what
-        # only the others need.
-        from storage.transfer.upload import SourceFile, scan, upload
-
-        is_tree, files = scan(source, patterns)
-        prefix = location.prefix if is_tree or location.forces_tree else None
-        backend = self.backend(location, config)
-        if not backend.capabilities.write:
-            raise UnsupportedOperation(f"{location}: {backend.name} cannot be written to")
-        if not overwrite and not backend.capabilities.if_absent:
-            raise UnsupportedOperation(
-                f"{location}: {backend.name} cannot decide safely whether something is there "
-                "already; upload with overwrite=True, or to another name"
-            )
-        if not overwrite and is_tree and self.run_retried(_holds_anything, backend, prefix):
-            raise ObjectExistsError(
-                f"{location} holds objects already and overwrite=False; choose another name"
-            )
-
-        def place(file: SourceFile) -> Location:
-            return location if prefix is None else location.child(file.path)
-
-        meter = Meter(
-            "upload", str(location), sum(file.size for file in files), len(files), progress
-        )
-        upload(
-            backend,
-            files,
-            lambda file: place(file).key,
-            where=lambda file: str(place(file)),
-            options=self.transfer_options,
-            budget=self.budget,
-            meter=meter,
-            if_absent=not overwrite,
-        )
-        meter.finish()
+            upload(self, os.fspath(src), location, config, overwrite, patterns, progress)
         return True
 
     # -- objects -----------------------------------------------------------------------------
@@ -341,20 +299,9 @@ class StorageClient(ClientBase):
         location = parse_uri(uri)
         where = str(location)
         is_tree, found = self.run_retried(self.resolve_all, location, config, where=where)
-        if not is_tree:
-            return {"uri": str(location), "type": "object"} | _describe(found[0])
-        modified = [info.modified for info in found if info.modified is not None]
-        return {
-            "uri": str(location),
-            "type": "tree",
-            "size": sum(info.size or 0 for info in found),
-            "objects": len(found),
-            "modified_time": max(modified, default=None),
-            "etag": None,
-            "content_type": None,
-            "digests": {},
-            "metadata": {},
-        }
+        from storage.client.objects import describe
+
+        return describe(location, is_tree, found)
 
     def delete_object(
         self, uri: str | os.PathLike[str], *, config: Any = None, recursive: bool = False
@@ -439,19 +386,3 @@ class StorageClient(ClientBase):
                 "requires signatures; download it, or use a client without require_signature"
             )
         return self.backend(parse_uri(uri), config).filesystem()[0]
-
-
-def _holds_anything(backend: Backend, prefix: str) -> bool:
-    return next(iter(backend.list(prefix)), None) is not None
-
-
-def _describe(info: ObjectInfo) -> dict[str, Any]:
-    return {
-        "size": info.size,
-        "modified_time": info.modified,
-        "etag": info.etag,
-        "version": info.version,
-        "content_type": info.content_type,
-        "digests": {digest.algorithm: digest.hex for digest in info.digests},
-        "metadata": dict(info.metadata),
-    }
