@@ -104,25 +104,42 @@ class Copy:
             self._streamed(info, key, meter, cancel)
         meter.add_object()
 
-    def _streamed(self, info: ObjectInfo, key: str, meter: Meter, cancel: threading.Event) -> None:
+    def _streamed(
+        self,
+        info: ObjectInfo,
+        key: str,
+        meter: Meter,
+        cancel: threading.Event,
+        *,
+        source: Source | None = None,
+        if_absent: bool = False,
+    ) -> tuple[Source, ObjectInfo]:
+        """Write an object; return what was read and what is there now.
+
+        ``source`` is what ``_read`` said of ``info`` just before, if anybody has asked it.
+        """
         options = self._client.transfer_options
-        for again in range(_RESTARTS, -1, -1):
+        again = _RESTARTS
+        while True:
             try:
-                stream_copy(
-                    self._read(info),
+                source = source or self._read(info)
+                written = stream_copy(
+                    source,
                     self._backend,
                     key,
                     options=options,
                     meter=meter,
                     cancel=cancel,
+                    if_absent=if_absent,
                 )
             except ObjectChangedError:
                 if not again or self._source.version is not None:
                     raise
                 # Replaced midway: what is there now is as good, from its beginning.
-                info = replace(info, version=None)
+                again -= 1
+                source, info = None, replace(info, version=None)
             else:
-                return
+                return source, written
 
     def _copied_by_store(self, info: ObjectInfo, key: str, meter: Meter) -> bool:
         version = self._source.version

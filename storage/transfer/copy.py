@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from storage import cancellation
 from storage.backends.base import Backend, BatchItem, Body, Buffer, ObjectInfo, Payload
 from storage.digest import Digest, MultiHasher
 from storage.errors import (
@@ -46,6 +47,7 @@ class Source:
         retry: RetryPolicy,
         expected: Digest | None = None,
         pinned: bool = False,
+        algorithm: str | None = None,
     ) -> None:
         """Look at the object once more: a listing does not tell all of it.
 
@@ -56,6 +58,7 @@ class Source:
             retry: how to repeat what fails.
             expected: digest that it must have.
             pinned: whether the version of ``info``, and no other, is wanted.
+            algorithm: of a digest that is wanted of the bytes, for :attr:`found`.
         """
         try:
             self.info = retry.run(partial(origin.stat, info.key, info.version))
@@ -69,6 +72,9 @@ class Source:
         self.where = where
         self._retry = retry
         self._expected = expected
+        self._algorithm = algorithm
+        self.found: dict[str, Digest] = {}
+        """The digests of the bytes that were read last, when all of them were."""
         self._kept: tuple[Digest, ...] = ()
         if origin.capabilities.checksums and not (self.info.digests or self.info.hint):
             # Without them the object is what it would be in a store that keeps none.
@@ -98,20 +104,23 @@ class Source:
             IntegrityError: the bytes are wrong.
         """
         found: dict[str, Digest] = hasher.digests()
-        doubt = check_digests(self.where, self._vouched, found, self._expected)
+        doubt = check_digests(self.where, self.vouched, found, self._expected)
         if doubt is not None and self._origin.is_digest(self.info):
             raise IntegrityError(
                 f"{self.where}: the store's ETag says {doubt}, the bytes that arrived are "
                 f"{found[doubt.algorithm]}; nothing was written"
             )
+        self.found = found
 
     def hasher(self) -> MultiHasher:
         """Return a hasher for what ``verify`` compares."""
-        wanted = () if self._expected is None else (self._expected.algorithm,)
-        return MultiHasher(algorithms_for(self._vouched, wanted))
+        wanted = [] if self._expected is None else [self._expected.algorithm]
+        if self._algorithm is not None:
+            wanted.append(self._algorithm)
+        return MultiHasher(algorithms_for(self.vouched, wanted))
 
     @property
-    def _vouched(self) -> ObjectInfo:
+    def vouched(self) -> ObjectInfo:
         """What the store says about the object, also when it is asked once more."""
         return replace(self.info, digests=self._kept) if self._kept else self.info
 
@@ -124,13 +133,16 @@ def stream_copy(
     options: TransferOptions,
     meter: Meter,
     cancel: threading.Event | None = None,
+    if_absent: bool = False,
 ) -> ObjectInfo:
-    """Copy ``source`` to ``key`` of ``target``.
+    """Copy ``source`` to ``key`` of ``target``, with ``if_absent`` only if nothing is there.
 
     Raises:
         IntegrityError: the source's bytes are not what they should be.
+        ObjectExistsError: ``if_absent``, and there is an object that is not this one.
     """
-    return send_item(target, source.item(target, key), options.retry, meter, cancel=cancel)
+    item = source.item(target, key)
+    return send_item(target, item, options.retry, meter, if_absent=if_absent, cancel=cancel)
 
 
 class _Arriving(io.RawIOBase):
@@ -172,11 +184,15 @@ class _Checked(io.RawIOBase):
         self._left = source.info.size
         self._verified = False
         self._hasher = source.hasher()
+        # It may be read by threads that know nothing of the caller.
+        self._token = cancellation.current()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        if self._token is not None:
+            self._token.check()
         view = memoryview(buffer).cast("B")
         count = self._stream.readinto(view) or 0
         self._hasher.update(view[:count])

@@ -20,7 +20,7 @@ class Progress:
     """The state of one transfer at one moment."""
 
     operation: str
-    """``download``, ``upload`` or ``copy``."""
+    """``download``, ``upload``, ``copy`` or ``mirror``."""
 
     uri: str
     """What is transferred, without credentials."""
@@ -126,6 +126,14 @@ class Meter:
         with self._lock:
             self._bytes += count
             self._present += count
+            self._tell()
+
+    def add(self, moved: int, present: int, objects: int) -> None:
+        """Count what another process did: bytes that moved and that need not, and objects."""
+        with self._lock:
+            self._bytes += moved + present
+            self._present += present
+            self._objects += objects
             self._tell()
 
     def resize(self, old: int | None, new: int | None) -> None:
