@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
+from storage import oci_names
+from storage.addresses import azure_account, azure_host, git_repository
 from storage.errors import InvalidInput, one_line, redact
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "HF_URI_FORMAT",
     "HTTP_URI_FORMAT",
     "LOCAL_URI_FORMAT",
+    "OCI_URI_FORMAT",
     "PVC_URI_FORMAT",
     "S3_URI_FORMAT",
     "SUPPORTED_PROTOCOLS",
@@ -37,6 +40,7 @@ PVC_URI_FORMAT = "pvc://pvc-name/path/to/model/"
 LOCAL_URI_FORMAT = "file:///path/to/model/"
 HTTP_URI_FORMAT = "https://example.com/model.tar.gz"
 HF_URI_FORMAT = "hf://username/model-name"
+OCI_URI_FORMAT = "oci://registry.example/repository:tag"
 
 SUPPORTED_PROTOCOLS: dict[str, str] = {
     "s3": "Amazon S3 and S3-compatible storage",
@@ -51,7 +55,7 @@ SUPPORTED_PROTOCOLS: dict[str, str] = {
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _DIGEST = re.compile(r"#(sha256|blake3)=([0-9a-fA-F]{64})$")
-_CANONICAL = {"gcs": "gs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_CANONICAL = {"gcs": "gs", "az": "azure", "abfs": "azure", "abfss": "azure", "oci+fetch": "oci"}
 _PIN = {
     "s3": re.compile(r"\?versionId=([^?&#/]+)$"),
     "gs": re.compile(r"\?generation=([0-9]+)$"),
@@ -59,9 +63,7 @@ _PIN = {
 }
 # A name that reaches a host name or a folder: nothing in it may end the one or leave the other.
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._$-]{0,254}")
-_AZURE_HOST = re.compile(
-    r"([a-z0-9]{3,24})\.(?:blob|dfs)\.core\.(windows\.net|usgovcloudapi\.net|chinacloudapi\.cn)"
-)
+_REVISED = frozenset(("hf", "git+http", "git+https", "modelscope", "oci"))
 _HF_REPO = re.compile(r"(?:[A-Za-z0-9_-][\w.-]*/)?[A-Za-z0-9_-][\w.-]*", re.ASCII)
 _HF_SPECIAL_REVISION = re.compile(r"refs/(?:convert/[\w.-]+|pr/\d+)")
 _HF_KINDS = {"datasets": "dataset", "spaces": "space", "models": "model"}
@@ -75,10 +77,11 @@ class Location:
         scheme: canonical scheme (``gs`` for ``gcs``, ``azure`` for all its forms).
         bucket: bucket, container, claim, Hub repository, or host; empty for local paths.
         key: the literal key; for ``file`` the absolute path without its leading slash.
-        version: object version, generation or Hub revision that the URI pins.
+        version: object version or generation that the URI pins; of a repository the revision.
         digest: expected digest of the content as ``algorithm:hex``.
         account: Azure storage account named by the URI.
-        domain: domain suffix of that account's cloud (``windows.net`` and its siblings).
+        domain: domain suffix of that account's cloud (``windows.net`` and its siblings), or
+            its DNS zone (``z00.storage.azure.net``).
         repo_type: ``model``, ``dataset`` or ``space`` for Hub URIs.
         url: the complete URL for ``http``, ``https`` and generic schemes. May hold a
             credential; it is not part of the representation.
@@ -98,8 +101,13 @@ class Location:
 
     @property
     def type(self) -> str:
-        """The kind of store: the scheme, with ``http`` for ``https`` too."""
-        return "http" if self.scheme == "https" else self.scheme
+        """The kind of store: the scheme, with ``http`` for ``https`` too, and the like."""
+        return _TYPES.get(self.scheme, self.scheme)
+
+    @property
+    def has_revisions(self) -> bool:
+        """Whether ``version`` is a revision of a whole repository, not a version of one object."""
+        return self.scheme in _REVISED
 
     @property
     def is_local(self) -> bool:
@@ -133,17 +141,23 @@ class Location:
         key = f"{self.prefix}{path}"
         if self.type == "http" and url is not None:
             url = urlsplit(url)._replace(path=f"/{key}").geturl()
-        return replace(self, key=key, version=None, digest=None, url=url)
+        version = self.version if self.has_revisions else None
+        return replace(self, key=key, version=version, digest=None, url=url)
 
     def __str__(self) -> str:
         """The canonical URI, without anything that may be a credential."""
+        if self.scheme == "azurefile" and self.account is not None:
+            host = azure_host(self.account, "file", self.domain)
+            return f"https://{host}/{self.bucket}/{quote(self.key, safe='/~')}"
+        if self.type == "git+http":
+            return self._git_uri()
         if self.url is not None:
             return redact(self.url)
         pin = ""
         if self.version is not None:
-            pin = {"gs": "?generation=", "hf": "@"}.get(self.scheme, "?versionId=")
+            pin = _PIN_SIGNS.get(self.scheme, "?versionId=")
             # A slash in the name of a branch would begin the key.
-            plain = self.scheme != "hf" or _HF_SPECIAL_REVISION.fullmatch(self.version)
+            plain = not self.has_revisions or _HF_SPECIAL_REVISION.fullmatch(self.version)
             pin += self.version if plain else quote(self.version, safe="")
         if self.scheme == "file":
             return f"/{self.key}"
@@ -151,16 +165,30 @@ class Location:
             kind = "" if self.repo_type == "model" else f"{self.repo_type}s/"
             tail = f"/{self.key}" if self.key else ""
             return f"hf://{kind}{self.bucket}{pin}{tail}"
+        if self.scheme == "oci":
+            return oci_names.shown(self.bucket, self.version, self.key)
+        if self.scheme == "modelscope":
+            return f"modelscope://{self.bucket}{pin}{f'/{self.key}' if self.key else ''}"
         if self.account is not None:
-            return f"abfss://{self.bucket}@{self.account}.dfs.core.{self.domain}/{self.key}{pin}"
+            host = azure_host(self.account, "dfs", self.domain)
+            return f"abfss://{self.bucket}@{host}/{self.key}{pin}"
         return f"{self.scheme}://{self.bucket}/{self.key}{pin}"
+
+    def _git_uri(self) -> str:
+        pin = f"@{quote(self.version, safe='')}" if self.version is not None else ""
+        tail = f"/{quote(self.key, safe='/~', errors='surrogateescape')}" if self.key else ""
+        # Without a revision a repository whose name does not end in ".git" could not be told from
+        # the path in it.
+        pin = pin or ("" if self.bucket.endswith(".git") or not tail else "@HEAD")
+        return f"{self.scheme}://{self.bucket}{pin}{tail}"
 
     def spec(self) -> dict[str, Any]:
         """Return a plain dict: ``type``, ``scheme``, ``bucket``, ``path``, ``uri`` and more.
 
         The store's own words are there beside the common ones: ``container`` and ``account``
         (Azure), ``claim`` (pvc), ``host`` (HTTP), ``repo_id``, ``repo_type`` and ``revision``
-        (Hub); ``version`` and ``digest`` where the URI names them.
+        (Hub), ``registry``, ``repository`` and ``reference`` (OCI); ``version`` and ``digest``
+        where the URI names them.
         """
         spec: dict[str, Any] = {
             "type": self.type,
@@ -171,6 +199,12 @@ class Location:
         }
         if self.scheme == "azure":
             spec |= {"container": self.bucket, "account": self.account}
+        elif self.scheme == "azurefile":
+            spec |= {"share": self.bucket, "account": self.account}
+        elif self.type == "git+http":
+            spec |= {"repository": self.bucket, "revision": self.version or "HEAD"}
+        elif self.scheme == "modelscope":
+            spec |= {"repo_id": self.bucket, "revision": self.version or "master"}
         elif self.scheme == "pvc":
             spec["claim"] = self.bucket
         elif self.type == "http":
@@ -180,6 +214,13 @@ class Location:
                 "repo_id": self.bucket,
                 "repo_type": self.repo_type,
                 "revision": self.version or "main",
+            }
+        elif self.scheme == "oci":
+            registry, _, repository = self.bucket.partition("/")
+            spec |= {
+                "registry": registry,
+                "repository": repository,
+                "reference": self.version or "latest",
             }
         if self.version is not None:
             spec["version"] = self.version
@@ -273,14 +314,14 @@ def _parse_azure(scheme: str, rest: str, text: str) -> Location:
     container, at, host = authority.partition("@")
     if not at:
         return _parse_bucket(scheme, rest, text)
-    account = _AZURE_HOST.fullmatch(host.lower())
-    if account is None:
+    account = azure_account(host)
+    if account is None or account[1] == "file":
         raise InvalidInput(
             f"{one_line(text)!r}: {host!r} is not the host of an Azure storage account; "
             "expected abfss://container@account.dfs.core.windows.net/path"
         )
     location = _parse_bucket(scheme, f"{container}{slash}{key}", text)
-    return replace(location, account=account.group(1), domain=account.group(2))
+    return replace(location, account=account[0], domain=account[2])
 
 
 def _parse_http(scheme: str, rest: str, text: str) -> Location:
@@ -295,25 +336,65 @@ def _parse_http(scheme: str, rest: str, text: str) -> Location:
         raise InvalidInput(f"{one_line(text)!r}: there is no host; as in {HTTP_URI_FORMAT}")
     # Matched on the parsed host alone, never on the text: a look-alike such as
     # https://evil.example/https://a.blob.core.windows.net/ stays what it is, plain HTTP.
-    account = _AZURE_HOST.fullmatch(host)
+    account = azure_account(host)
     if account and scheme == "https" and port in (None, 443) and parts.username is None:
-        container, _, key = parts.path.lstrip("/").partition("/")
-        _check_bucket("azure", container, text)
-        version, query = _split_version(parts.query)
-        if version is not None and (not key or key.endswith("/")):
-            raise InvalidInput(f"{one_line(text)!r}: a version belongs to one object, not a tree")
-        return Location(
-            "azure",
-            container,
-            unquote(key),
-            version,
-            account=account.group(1),
-            domain=account.group(2),
-            query=query,
-        )
+        return _azure_url(parts, account, text)
     host = f"[{host}]" if ":" in host else host
     netloc = f"{host}:{port}" if port else host
-    return Location(scheme, netloc, parts.path.removeprefix("/"), url=text)
+    path = parts.path.removeprefix("/")
+    # Told by a part of the path alone: raw files of a host of repositories stay what they are.
+    if scheme == "https" and not parts.query and (found := git_repository(path)) is not None:
+        return _git_location("git+https", parts, netloc, found)
+    return Location(scheme, netloc, path, url=text)
+
+
+def _azure_url(parts: SplitResult, account: tuple[str, str, str], text: str) -> Location:
+    name, service, domain = account
+    container, _, key = parts.path.lstrip("/").partition("/")
+    _check_bucket("azure", container, text)
+    if service == "file":
+        fields = {"account": name, "domain": domain, "query": parts.query or None}
+        return Location("azurefile", container, unquote(key), **fields)
+    version, query = _split_version(parts.query)
+    if version is not None and (not key or key.endswith("/")):
+        raise InvalidInput(f"{one_line(text)!r}: a version belongs to one object, not a tree")
+    return Location(
+        "azure", container, unquote(key), version, account=name, domain=domain, query=query
+    )
+
+
+def _git_location(
+    scheme: str, parts: SplitResult, netloc: str, found: tuple[str, str | None, str]
+) -> Location:
+    repository, revision, key = found
+    user = parts.netloc.rpartition("@")[0]
+    url = f"{scheme.removeprefix('git+')}://{f'{user}@' if user else ''}{netloc}/{repository}"
+    version = unquote(revision) if revision is not None else None
+    key = unquote(key, errors="surrogateescape")
+    return Location(scheme, f"{netloc}/{repository}", key, version, url=url)
+
+
+def _parse_git(scheme: str, rest: str, text: str) -> Location:
+    """Parse ``git+https://host/repository[@revision][/path]``."""
+    plain = _parse_http(scheme.removeprefix("git+"), rest, text.partition("+")[2])
+    parts = _split(text)
+    if parts.query or plain.scheme == "azure":
+        raise InvalidInput(f"{one_line(text)!r}: the address of a git repository has no query")
+    path = parts.path.strip("/") if parts.path.count("@") == 0 else parts.path.removeprefix("/")
+    found = git_repository(parts.path.removeprefix("/"))
+    if found is None:
+        # Some hosts have repositories without that ending: it is all, or all before the "@".
+        repository, at, tail = path.partition("@")
+        revision, _, key = tail.partition("/")
+        found = (repository, revision if at else None, key)
+    if not found[0] or (found[1] is None and re.search(r"\.git@(?:/|$)", parts.path)):
+        raise InvalidInput(
+            f"{one_line(text)!r}: there is no repository, or no revision after its '@'; expected "
+            "git+https://host/owner/repository.git@revision/path"
+        )
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return _git_location(scheme, parts, f"{host}:{parts.port}" if parts.port else host, found)
 
 
 def _split(text: str) -> SplitResult:
@@ -364,6 +445,28 @@ def _parse_hf(scheme: str, rest: str, text: str) -> Location:
     return Location("hf", repo.group(0), rest.lstrip("/"), revision, repo_type=repo_type)
 
 
+def _parse_modelscope(scheme: str, rest: str, text: str) -> Location:
+    """Parse ``modelscope://owner/model[:revision|@revision][/path]``."""
+    found = re.fullmatch(r"([^/@:]+/[^/@:]+)(?:[:@]([^/]+))?(?:/(.*))?", rest, re.DOTALL)
+    if found is None or not _HF_REPO.fullmatch(found[1]) or ".." in found[1]:
+        raise InvalidInput(
+            f"{one_line(text)!r}: there is no repository; as in modelscope://owner/model:revision"
+        )
+    revision = unquote(found[2]) if found[2] is not None else None
+    return Location("modelscope", found[1], found[3] or "", revision)
+
+
+def _parse_oci(scheme: str, rest: str, text: str) -> Location:
+    found = oci_names.ImageName.parse(rest)
+    if found is None:
+        raise InvalidInput(
+            f"{one_line(text)!r} does not name an image; as in {OCI_URI_FORMAT}, or with "
+            "@sha256:<64 hex>, and only behind one of the two a path in it"
+        )
+    bucket = f"{found.registry}/{found.repository}"
+    return Location("oci", bucket, found.path, found.reference)
+
+
 def _parse_generic(scheme: str, rest: str, text: str) -> Location:
     _split(text)
     authority, _, key = rest.partition("/")
@@ -380,4 +483,10 @@ _PARSERS = {
     "http": _parse_http,
     "https": _parse_http,
     "hf": _parse_hf,
+    "git+http": _parse_git,
+    "git+https": _parse_git,
+    "modelscope": _parse_modelscope,
+    "oci": _parse_oci,
 }
+_TYPES = {"https": "http", "git+https": "git+http", "azurefile": "azure"}
+_PIN_SIGNS = {"gs": "?generation=", "hf": "@", "modelscope": ":"}

@@ -133,7 +133,7 @@ def _extract(args: argparse.Namespace, output: Output) -> None:
         path = _extract_stored(args, output)
     else:
         from storage.container.archives.extract import extract_archive
-        from storage.container.archives.extraction import ExtractionLimits
+        from storage.unpacking.extraction import ExtractionLimits
 
         given = {field: getattr(args, name) for name, field in _LIMITS.items()}
         limits = {field: value for field, value in given.items() if value is not None}

@@ -35,6 +35,6 @@ def writable(location: Location) -> Location:
             f"{location} is given with a digest, which says what is expected of a source; "
             "nothing is written or deleted by its digest; leave it out"
         )
-    if location.version is not None and location.scheme != "hf":
+    if location.version is not None and not location.has_revisions:
         raise InvalidInput(f"{location} names one version of an object; versions are never written")
     return location

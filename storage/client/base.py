@@ -277,7 +277,7 @@ def _store_of(location: Location) -> tuple[object, ...]:
         location.query,
         _authority(location),
         # All that is done in a repository is done at one revision of it.
-        location.version if location.scheme == "hf" else None,
+        location.version if location.has_revisions else None,
     )
 
 

@@ -328,5 +328,5 @@ def _near(location: Location, ending: str) -> Location:
             return parse_uri(location.url.rstrip("/") + ending)
         return parse_uri(parts._replace(path=parts.path.rstrip("/") + ending).geturl())
     key = (location.key.rstrip("/") + ending).lstrip("/")
-    version = location.version if location.scheme == "hf" else None
+    version = location.version if location.has_revisions else None
     return replace(location, key=key, version=version, digest=None)

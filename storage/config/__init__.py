@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from storage.config.models import StorageConfig
     from storage.config.object_stores import AzureConfig, GCSConfig, S3Config
     from storage.config.other_stores import FsspecConfig, HFConfig, HTTPConfig, PVCConfig
+    from storage.config.repositories import GitConfig, ModelScopeConfig, OCIConfig
     from storage.config.resolve import make_config, resolve_config
     from storage.config.settings import Settings, TransferSettings, load_settings, named_config
 
@@ -27,8 +28,11 @@ __all__ = [
     "ConfigModel",
     "FsspecConfig",
     "GCSConfig",
+    "GitConfig",
     "HFConfig",
     "HTTPConfig",
+    "ModelScopeConfig",
+    "OCIConfig",
     "PVCConfig",
     "S3Config",
     "Settings",
@@ -47,8 +51,11 @@ _MODULES = {
     "ConfigModel": "base",
     "FsspecConfig": "other_stores",
     "GCSConfig": "object_stores",
+    "GitConfig": "repositories",
     "HFConfig": "other_stores",
     "HTTPConfig": "other_stores",
+    "ModelScopeConfig": "repositories",
+    "OCIConfig": "repositories",
     "PVCConfig": "other_stores",
     "S3Config": "object_stores",
     "Settings": "settings",

@@ -10,20 +10,33 @@ from __future__ import annotations
 from storage.config.base import ConfigModel
 from storage.config.object_stores import AzureConfig, GCSConfig, S3Config
 from storage.config.other_stores import FsspecConfig, HFConfig, HTTPConfig, PVCConfig
+from storage.config.repositories import GitConfig, ModelScopeConfig, OCIConfig
 
 __all__ = [
     "AzureConfig",
     "ConfigModel",
     "FsspecConfig",
     "GCSConfig",
+    "GitConfig",
     "HFConfig",
     "HTTPConfig",
+    "ModelScopeConfig",
+    "OCIConfig",
     "PVCConfig",
     "S3Config",
     "StorageConfig",
 ]
 
 StorageConfig = (
-    S3Config | GCSConfig | AzureConfig | HFConfig | HTTPConfig | PVCConfig | FsspecConfig
+    S3Config
+    | GCSConfig
+    | AzureConfig
+    | HFConfig
+    | HTTPConfig
+    | GitConfig
+    | ModelScopeConfig
+    | OCIConfig
+    | PVCConfig
+    | FsspecConfig
 )
 """Any of the configs."""

@@ -46,6 +46,8 @@ class Prefix:
         Raises:
             ConfigurationError: it is not the beginning of a URI, or it holds a credential.
         """
+        if registry := _registry_prefix(text):
+            return registry
         try:
             if whole := _WHOLE_SCHEME.fullmatch(text):
                 location = parse_uri(f"{text}name/path" if whole[1] != "file" else "file:///")
@@ -60,11 +62,14 @@ class Prefix:
         except InvalidInput as exc:
             if account := _account_prefix(text):
                 return account
+            if host := re.fullmatch(r"(git\+https?)://([^/?#@]+)/?", text, re.IGNORECASE):
+                # All repositories of a host.
+                return cls("git+http", host[1].lower(), (host[2].lower(),))
             raise ConfigurationError(
                 f"prefix: {one_line(repr(text), 120)} is not the beginning of a URI, such as "
                 f"s3://bucket/path/: {exc}"
             ) from exc
-        version = location.version if location.scheme == "hf" else None
+        version = location.version if location.has_revisions else None
         return cls(location.type, location.scheme, _parts(location), location.account, version)
 
     def match(self, location: Location, account: str | None = None) -> tuple[int, ...] | None:
@@ -98,8 +103,22 @@ def _parts(location: Location) -> tuple[str, ...]:
         bucket = (location.bucket.removesuffix(_PORTS[location.scheme]),)
     elif location.scheme == "hf":
         bucket = (location.repo_type or "model", *location.bucket.split("/"))
+    elif location.has_revisions:
+        bucket = tuple(location.bucket.split("/"))
     key = location.key.removesuffix("/")
     return (*bucket, *key.split("/")) if key else bucket
+
+
+def _registry_prefix(text: str) -> Prefix | None:
+    """Return the prefix of a registry, or of several repositories of one, if ``text`` is one."""
+    match = re.fullmatch(r"oci://([^/@]*[.:\]][^/@]*|localhost)(/[^:@]*/|/)?", text, re.IGNORECASE)
+    if match is None:
+        return None
+    try:
+        location = parse_uri(f"{text.rstrip('/')}/name")
+    except InvalidInput:
+        return None
+    return Prefix("oci", "oci", tuple(location.bucket.split("/")[:-1]))
 
 
 def _account_prefix(text: str) -> Prefix | None:

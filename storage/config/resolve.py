@@ -24,6 +24,9 @@ _CLASSES = {
     "hf": ("other_stores", "HFConfig"),
     "http": ("other_stores", "HTTPConfig"),
     "pvc": ("other_stores", "PVCConfig"),
+    "git+http": ("repositories", "GitConfig"),
+    "modelscope": ("repositories", "ModelScopeConfig"),
+    "oci": ("repositories", "OCIConfig"),
 }
 _GENERIC = ("other_stores", "FsspecConfig")
 _UNCONFIGURED = ("file", "memory")

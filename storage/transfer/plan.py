@@ -142,7 +142,7 @@ def resolve(backend: Backend, location: Location) -> tuple[bool, Iterator[Object
         try:
             return False, iter((backend.stat(location.key, location.version),))
         except ModelMissingError:
-            named = location.version is not None and location.scheme != "hf"
+            named = location.version is not None and not location.has_revisions
             if named or not backend.capabilities.list:
                 raise
     if not backend.capabilities.list:
@@ -186,7 +186,7 @@ def make_plan(backend: Backend, location: Location, patterns: Patterns) -> Plan:
         )
     paths = local_paths((path for path, _ in wanted), str(location))
     files = (PlannedFile(path, info) for path, (_, info) in zip(paths, wanted, strict=True))
-    pinned = location.version is not None and location.scheme != "hf"
+    pinned = location.version is not None and not location.has_revisions
     return Plan(str(location), is_tree, tuple(files), pinned)
 
 

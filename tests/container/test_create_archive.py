@@ -22,7 +22,8 @@ from storage.container.archives import create
 from storage.container.archives.create import create_archive
 from storage.container.archives.extract import extract_archive
 from storage.container.archives.tar_headers import member_header
-from storage.container.archives.zstd import Compressor, open_zstd
+from storage.container.archives.zstd import Compressor
+from storage.unpacking.zstd import open_zstd
 
 FILES = {
     "weights.bin": random.Random(1).randbytes(3_000_001),

@@ -26,7 +26,7 @@ from storage import (
     StorageError,
 )
 from storage.container.archives.extract import extract_into
-from storage.container.archives.extraction import ExtractionLimits
+from storage.unpacking.extraction import ExtractionLimits
 from tests.facade.stores import Store, cached_content, tree_bytes
 
 FILES = {

@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from storage.container.archives.extraction import leads_out, least_size
 from storage.container.archives.lanes import PIECE, Lanes, Take, usable_cores
 from storage.container.archives.tar_headers import BLOCK, END, RECORD, member_header
 from storage.container.archives.zstd import Compressor, filling
 from storage.digest import MultiHasher
 from storage.errors import IntegrityError, InvalidInput
 from storage.files import make_parents, shown, translate_os_errors
+from storage.unpacking.extraction import leads_out, least_size
 
 __all__ = ["Archive", "create_archive"]
 

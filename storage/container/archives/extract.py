@@ -2,7 +2,7 @@
 
 Refused: absolute names and ``..``, links that lead out of the folder, devices and pipes,
 encrypted entries, and archives that look like a bomb
-(:class:`~storage.container.archives.extraction.ExtractionLimits`). Refused as damaged: what does
+(:class:`~storage.unpacking.extraction.ExtractionLimits`). Refused as damaged: what does
 not end with the mark of its format, or fails its checksum. Modes keep the executable bit and lose
 all else.
 """
@@ -22,10 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from storage.container.archives.extract_tar import Stream, extract_tar, is_tar
 from storage.container.archives.extract_zip import ends_as_zip, extract_zip
-from storage.container.archives.extraction import DamageError, Extraction, ExtractionLimits
-from storage.container.archives.zstd import is_zstd, open_zstd, zstandard_error
 from storage.errors import DestinationError, InvalidInput, ObjectExistsError, one_line
 from storage.files import (
     exchange,
@@ -35,6 +32,9 @@ from storage.files import (
     shown,
     translate_os_errors,
 )
+from storage.unpacking.extraction import DamageError, Extraction, ExtractionLimits
+from storage.unpacking.tar import Stream, extract_tar, is_tar
+from storage.unpacking.zstd import is_zstd, open_zstd, zstandard_error
 
 __all__ = ["ExtractionLimits", "extract_archive", "extract_into"]
 

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from storage.container.archives.extraction import DamageError, Extraction, quoted
+from storage import cancellation
+from storage.unpacking.extraction import DamageError, Extraction, quoted
 
 __all__ = ["ends_as_zip", "extract_zip"]
 
@@ -235,6 +236,7 @@ def _decoded(file: IO[bytes], entry: _Entry) -> Iterator[bytes]:
         left -= 9
     decoder = _decoder(file, entry)
     while left > 0:
+        cancellation.check()
         data = file.read(min(left, _PIECE))
         if not data:
             raise DamageError(f"it ends inside {quoted(entry.name)}")

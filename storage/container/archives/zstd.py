@@ -1,38 +1,16 @@
-"""Zstandard (RFC 8878), by the package ``zstandard``: streams that end where they should."""
+"""Writing Zstandard (RFC 8878), by the package ``zstandard``."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from storage.container.archives.extraction import DamageError
 from storage.container.archives.lanes import usable_cores
-from storage.errors import ConfigurationError
+from storage.unpacking.zstd import MAGIC, SKIPPABLE, zstandard
 
-if TYPE_CHECKING:
-    from types import ModuleType
+__all__ = ["Compressor", "Sink", "filling"]
 
-__all__ = [
-    "MAX_WINDOW",
-    "Compressor",
-    "Sink",
-    "filling",
-    "is_zstd",
-    "open_zstd",
-    "zstandard_error",
-]
-
-MAX_WINDOW = 128 * 1024 * 1024
-"""Bytes that a decoder has to remember at most; what the ``zstd`` command accepts too."""
-
-_MAGIC = 0xFD2FB528
-# Sixteen values: frames that hold something else, which decoders pass over.
-_SKIPPABLE = 0x184D2A50
-_RLE_BLOCK = 1
 _FILLING = 512 * 1024
-# Bytes of a frame's magic number and header together, at most.
-_MAX_HEADER = 18
 _MAX_WORKERS = 8
 
 _UNIT = 1024 * 1024
@@ -43,7 +21,7 @@ _WORTH = 0.9
 # The most that a block may hold. A decoder remembers a window of it, which is not used.
 _BLOCK = 128 * 1024
 # Magic number, no flags, a window of 128 KiB.
-_RAW_FRAME = _MAGIC.to_bytes(4, "little") + bytes([0, 7 << 3])
+_RAW_FRAME = MAGIC.to_bytes(4, "little") + bytes([0, 7 << 3])
 
 
 class Sink(Protocol):
@@ -51,29 +29,6 @@ class Sink(Protocol):
 
     def write(self, data: bytes | memoryview, /) -> int:
         """Take all of ``data``, which does not change any more; return its length."""
-
-
-def _zstandard() -> ModuleType:
-    try:
-        import zstandard
-    except ImportError as exc:
-        raise ConfigurationError(
-            "tar.zst needs the package zstandard, which is not installed; "
-            'run: pip install "modelstorage[container]"'
-        ) from exc
-    return zstandard
-
-
-def zstandard_error() -> type[Exception]:
-    """Return what the package raises about content that is damaged."""
-    error: type[Exception] = _zstandard().ZstdError
-    return error
-
-
-def is_zstd(start: bytes) -> bool:
-    """Tell whether a file that begins with ``start`` is of frames."""
-    magic = int.from_bytes(start[:4], "little")
-    return len(start) >= 4 and (magic == _MAGIC or magic & ~0xF == _SKIPPABLE)
 
 
 class Compressor:
@@ -93,14 +48,14 @@ class Compressor:
             level: of compression; negative ones are faster.
             threads: how many compress; if not given, as many as this process has cores.
         """
-        zstandard = _zstandard()
+        library = zstandard()
         # Never none: without a worker zstd cuts the data at other places.
         workers = min(threads or usable_cores(), _MAX_WORKERS)
-        parameters = zstandard.ZstdCompressionParameters.from_level(
+        parameters = library.ZstdCompressionParameters.from_level(
             level, threads=max(1, workers), write_checksum=True
         )
-        self._compressor = zstandard.ZstdCompressor(compression_params=parameters)
-        self._sampler = zstandard.ZstdCompressor(level=_SAMPLE_LEVEL)
+        self._compressor = library.ZstdCompressor(compression_params=parameters)
+        self._sampler = library.ZstdCompressor(level=_SAMPLE_LEVEL)
         self._sink = sink
         self._unit: list[memoryview] = []
         self._size = 0
@@ -190,52 +145,5 @@ def filling(size: int) -> Iterator[bytes]:
     """
     while size > 0:
         zeros = min(size, _FILLING)
-        yield _SKIPPABLE.to_bytes(4, "little") + zeros.to_bytes(4, "little") + bytes(zeros)
+        yield SKIPPABLE.to_bytes(4, "little") + zeros.to_bytes(4, "little") + bytes(zeros)
         size -= zeros
-
-
-def open_zstd(file: IO[bytes]) -> Any:
-    """Return a reader of what the frames of a seekable file hold, all of them.
-
-    Raises:
-        DamageError: the frames do not fill the file.
-    """
-    zstandard = _zstandard()
-    # The decoder takes a file that ends inside a frame for a whole one.
-    _check_frames(file)
-    file.seek(0)
-    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-    return decompressor.stream_reader(file, read_across_frames=True, closefd=False)
-
-
-def _check_frames(file: IO[bytes]) -> None:
-    """Walk over the frames, reading the headers of their blocks only."""
-    size = file.seek(0, os.SEEK_END)
-    at = file.seek(0)
-    while at < size:
-        start, at = at, _frame_end(file, at)
-        if at > size:
-            raise DamageError(f"the Zstandard frame at byte {start} is cut off")
-        file.seek(at)
-
-
-def _frame_end(file: IO[bytes], at: int) -> int:
-    """Return the end of the frame at ``at``, where ``file`` stands; past its end if it is cut."""
-    begin = file.read(_MAX_HEADER)
-    magic = int.from_bytes(begin[:4], "little")
-    if len(begin) >= 4 and magic & ~0xF == _SKIPPABLE:
-        return at + 8 + int.from_bytes(begin[4:8], "little")
-    if len(begin) < 5 or magic != _MAGIC:
-        raise DamageError(f"at byte {at} there is no Zstandard frame")
-    flags = begin[4]
-    single = flags >> 5 & 1
-    at += 5 + (1 - single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
-    while True:
-        file.seek(at)
-        head = file.read(3)
-        header = int.from_bytes(head, "little")
-        at += 3 + (1 if header >> 1 & 3 == _RLE_BLOCK else header >> 3)
-        if len(head) < 3:
-            return at + 3  # past the end, wherever that is
-        if header & 1:
-            return at + 4 * (flags >> 2 & 1)

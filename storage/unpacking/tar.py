@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Protocol
 
-from storage.container.archives.extraction import DamageError, Extraction, quoted
+from storage import cancellation
+from storage.unpacking.extraction import DamageError, Extraction, quoted
 
 __all__ = ["Stream", "extract_tar", "is_tar"]
 
@@ -139,6 +140,7 @@ class _Source:
     def copy(self, size: int, target: IO[bytes]) -> None:
         """Write the next ``size`` bytes to an unbuffered file."""
         while size:
+            cancellation.check()
             # As much as comes at once; the pieces need not be put together.
             rest = memoryview(self._stream.read(min(size, _PIECE)))
             if not rest:
