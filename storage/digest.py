@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Protocol
 
+from storage import cancellation
 from storage.errors import ConfigurationError, InvalidInput
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Hasher",
     "MultiHasher",
     "available",
+    "digest_of_ordered",
     "hash_file",
     "new_hasher",
     "tree_digest",
@@ -227,6 +229,7 @@ def _hash_stream(
     stream: IO[bytes], hasher: MultiHasher, on_bytes: Callable[[int], object] | None
 ) -> dict[str, Digest]:
     while block := stream.read(_READ_SIZE):
+        cancellation.check()
         hasher.update(block)
         if on_bytes is not None:
             on_bytes(len(block))
@@ -240,9 +243,14 @@ def tree_digest(files: Mapping[str, Digest], algorithm: str = "sha256") -> Diges
         files: the digest of each file, in ``algorithm``, by its path relative to the tree.
         algorithm: of the files' digests and of the result.
     """
+    ordered = ((path, files[path]) for path in sorted(files, key=os.fsencode))
+    return digest_of_ordered(ordered, algorithm)
+
+
+def digest_of_ordered(files: Iterable[tuple[str, Digest]], algorithm: str) -> Digest:
+    """Return the digest of a tree whose files come sorted by the bytes of their paths."""
     hasher = new_hasher(algorithm)
-    for path in sorted(files, key=os.fsencode):
-        digest = files[path]
+    for path, digest in files:
         if digest.algorithm != algorithm:
             raise InvalidInput(f"{path}: a {algorithm} digest is needed, not {digest}")
         hasher.update(_checksum_line(digest.hex, os.fsencode(path)))

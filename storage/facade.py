@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, overload
 
+from storage.awaitable import awaitable_function
 from storage.uri import parse_uri
 
 if TYPE_CHECKING:
@@ -188,6 +189,8 @@ class Storage:
             require_signature=require_signature,
         )
 
+    adownload = staticmethod(awaitable_function(download))
+
     @staticmethod
     def download_many(
         uris: Sequence[StorageURI | os.PathLike[str] | Sequence[StorageURI | os.PathLike[str]]],
@@ -205,6 +208,8 @@ class Storage:
             StorageError: the first failure; what was complete by then stays.
         """
         return default_client().download_many(uris, dests, **options)
+
+    adownload_many = staticmethod(awaitable_function(download_many))
 
     @staticmethod
     def lock(
@@ -238,6 +243,8 @@ class Storage:
             ignore_patterns=ignore_patterns,
             progress=progress,
         )
+
+    alock = staticmethod(awaitable_function(lock))
 
     @overload
     @staticmethod
@@ -326,6 +333,8 @@ class Storage:
             progress=progress,
         )
 
+    aupload = staticmethod(awaitable_function(upload))
+
     @staticmethod
     def is_local(uri: StorageURI | os.PathLike[str]) -> bool:
         """Tell whether ``uri`` is on this machine: a path, ``file://`` or a mounted claim."""
@@ -377,6 +386,8 @@ class Storage:
         """
         return default_client().filesystem(uri, config=config)
 
+    afilesystem = staticmethod(awaitable_function(filesystem))
+
 
 class StorageOperations:
     """Single objects of a store: list, describe, delete, copy."""
@@ -395,6 +406,8 @@ class StorageOperations:
             ModelMissingError: nothing is there.
         """
         return default_client().list_objects(uri, config=config)
+
+    alist_objects = staticmethod(awaitable_function(list_objects))
 
     @staticmethod
     def get_object_metadata(
@@ -415,6 +428,8 @@ class StorageOperations:
         """
         return default_client().get_object_metadata(uri, config=config)
 
+    aget_object_metadata = staticmethod(awaitable_function(get_object_metadata))
+
     @staticmethod
     def delete_object(
         uri: StorageURI | os.PathLike[str],
@@ -429,6 +444,8 @@ class StorageOperations:
             InvalidInput: it is a tree, and ``recursive`` is not set.
         """
         return default_client().delete_object(uri, config=config, recursive=recursive)
+
+    adelete_object = staticmethod(awaitable_function(delete_object))
 
     @staticmethod
     def copy_object(
@@ -460,3 +477,5 @@ class StorageOperations:
         return default_client().copy_object(
             src_uri, dest_uri, config=config, dest_config=dest_config, progress=progress
         )
+
+    acopy_object = staticmethod(awaitable_function(copy_object))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+from storage import cancellation
 from storage.errors import DestinationError, InsufficientSpaceError, InvalidInput, StorageError
 
 __all__ = [
@@ -153,6 +154,7 @@ def materialise(
     Raises:
         OSError: as the system says; ``FileExistsError`` if ``target`` exists.
     """
+    cancellation.check()
     if link is not None:
         real = os.path.realpath(source, strict=True)
         try:

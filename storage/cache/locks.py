@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from storage import cancellation
 from storage.cache.layout import Layout, listed
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class SourceLock:
             left = min(began + self._timeout, changed + self._stall) - now
             if left <= 0:
                 return
-            time.sleep(min(pause, left))
+            cancellation.pause(min(pause, left))
             pause = min(2 * pause, _LAST_PAUSE)
 
 

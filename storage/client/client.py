@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast, overload
 
+from storage.awaitable import awaitable
 from storage.client.arguments import local_path, writable
 from storage.client.base import ClientBase
 from storage.client.download import Download, DownloadOptions, Link
@@ -106,6 +107,8 @@ class StorageClient(ClientBase):
         location = parse_uri(cast("str | os.PathLike[str]", uri))
         return Download(self, location, options).run(None if dest is None else local_path(dest))
 
+    adownload = awaitable(download)
+
     def download_many(
         self,
         uris: Sequence[Source],
@@ -130,6 +133,8 @@ class StorageClient(ClientBase):
         pairs = list(zip(uris, places, strict=True))
         return map_parallel(lambda pair: self.download(*pair, **options), pairs)
 
+    adownload_many = awaitable(download_many)
+
     def lock(
         self,
         uris: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -145,6 +150,8 @@ class StorageClient(ClientBase):
         several = [uris] if isinstance(uris, (str, os.PathLike)) else list(uris)
         patterns = Patterns(allow_patterns, ignore_patterns)
         return make_lock(self, several, config, patterns, progress)
+
+    alock = awaitable(lock)
 
     @overload
     def download_locked(
@@ -176,6 +183,8 @@ class StorageClient(ClientBase):
 
         return download_locked(self, lock, uri, dest, options)
 
+    adownload_locked = awaitable(download_locked)
+
     def prefetch(
         self,
         file: str | os.PathLike[str],
@@ -205,6 +214,8 @@ class StorageClient(ClientBase):
 
         return prefetch(self, file, config, pin, jobs, require_signature)
 
+    aprefetch = awaitable(prefetch)
+
     def repair(
         self,
         *,
@@ -232,6 +243,8 @@ class StorageClient(ClientBase):
 
         return repair(self, full=full, config=config, progress=progress, fetch=fetch)
 
+    arepair = awaitable(repair)
+
     def plan_download(
         self,
         uri: str | os.PathLike[str],
@@ -245,6 +258,8 @@ class StorageClient(ClientBase):
         patterns = Patterns(allow_patterns, ignore_patterns)
         backend = self.backend(location, config)
         return self.run_retried(make_plan, backend, location, patterns, where=str(location))
+
+    aplan_download = awaitable(plan_download)
 
     # -- uploads -----------------------------------------------------------------------------
 
@@ -270,11 +285,15 @@ class StorageClient(ClientBase):
             upload(self, os.fspath(src), location, config, overwrite, patterns, progress)
         return True
 
+    aupload = awaitable(upload)
+
     # -- objects -----------------------------------------------------------------------------
 
     def list_objects(self, uri: str | os.PathLike[str], *, config: Any = None) -> list[str]:
         """List what is below a URI; see :meth:`storage.StorageOperations.list_objects`."""
         return [path for path, _ in self.list_infos(uri, config=config)]
+
+    alist_objects = awaitable(list_objects)
 
     def list_infos(
         self, uri: str | os.PathLike[str], *, config: Any = None
@@ -292,6 +311,8 @@ class StorageClient(ClientBase):
 
         return self.run_retried(collect, where=str(location))
 
+    alist_infos = awaitable(list_infos)
+
     def get_object_metadata(
         self, uri: str | os.PathLike[str], *, config: Any = None
     ) -> dict[str, Any]:
@@ -302,6 +323,8 @@ class StorageClient(ClientBase):
         from storage.client.objects import describe
 
         return describe(location, is_tree, found)
+
+    aget_object_metadata = awaitable(get_object_metadata)
 
     def delete_object(
         self, uri: str | os.PathLike[str], *, config: Any = None, recursive: bool = False
@@ -320,6 +343,8 @@ class StorageClient(ClientBase):
             raise UnsupportedOperation(f"{location}: {backend.name} cannot delete")
         self.run_retried(backend.delete, [info.key for info in found], where=where)
         return True
+
+    adelete_object = awaitable(delete_object)
 
     def copy_object(
         self,
@@ -346,6 +371,8 @@ class StorageClient(ClientBase):
         with events.transfer("copy", str(source)):
             Copy(self, source, target, config, dest_config, progress).run()
         return True
+
+    acopy_object = awaitable(copy_object)
 
     # -- files -------------------------------------------------------------------------------
 
@@ -386,3 +413,5 @@ class StorageClient(ClientBase):
                 "requires signatures; download it, or use a client without require_signature"
             )
         return self.backend(parse_uri(uri), config).filesystem()[0]
+
+    afilesystem = awaitable(filesystem)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from storage import cancellation
 from storage.transfer.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def run_tasks(
 
     Tasks are taken one by one, in order, as threads become free. The first failure (or an
     interrupt of the calling thread) sets the event that every task is given, no further task
-    begins, and when all have ended the failure is raised.
+    begins, and when all have ended the failure is raised. So does work that is cancelled
+    (:mod:`storage.cancellation`).
 
     Args:
         tasks: what to do.
@@ -123,6 +125,20 @@ def run_tasks(
                 return
 
     threads = max(1, min(limit, budget.connections))
+    with cancellation.linked(cancel):
+        _run_work(work, threads, moved, cancel, workers)
+    if failures:
+        raise failures[0]
+    cancellation.check()
+
+
+def _run_work(
+    work: Callable[[], None],
+    threads: int,
+    moved: Callable[[], int] | None,
+    cancel: threading.Event,
+    workers: list[threading.Thread],
+) -> None:
     if threads == 1:
         work()
     else:
@@ -139,8 +155,6 @@ def run_tasks(
             # The pool does not know a thread during whose start the interrupt came.
             for worker in workers:
                 worker.join()
-    if failures:
-        raise failures[0]
 
 
 def run_by_size(tasks: Iterable[tuple[int | None, Task]], budget: Budget, memory: int) -> None:

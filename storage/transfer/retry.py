@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from storage import cancellation
 from storage.errors import (
     StorageError,
     TransferError,
@@ -121,6 +122,7 @@ class RetryPolicy:
         began = time.monotonic()
         tried = 0
         while True:
+            cancellation.check()
             tried += 1
             try:
                 result = step()
@@ -183,7 +185,7 @@ def _interrupted(delay: float, cancel: threading.Event | None) -> bool:
     """Wait; tell whether that ended early because nobody wants the result any more."""
     if cancel is not None:
         return cancel.wait(delay)
-    time.sleep(delay)
+    cancellation.pause(delay)
     return False
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import time
 
+from storage import cancellation
 from storage.errors import DestinationError
 
 __all__ = ["is_marked", "lock_folder", "mark"]
@@ -36,7 +37,7 @@ def lock_folder(descriptor: int, path: str, timeout: float) -> None:
                     f"{path!r}: another download has been changing this folder for "
                     f"{timeout:.0f} s; try again when it is done"
                 ) from None
-            time.sleep(_PAUSE)
+            cancellation.pause(_PAUSE)
         except OSError:
             return
 

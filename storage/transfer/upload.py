@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+from storage import cancellation
 from storage.backends.base import Backend, BatchBackend, BatchItem, ObjectInfo, Payload
 from storage.digest import hash_file
 from storage.errors import DestinationError, IntegrityError, InvalidInput
@@ -197,14 +198,18 @@ class _Steady(io.FileIO):
     def __init__(self, file: SourceFile) -> None:
         super().__init__(file.local)
         self._file = file
+        # It may be read by threads that know nothing of the caller.
+        self._token = cancellation.current()
 
     def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        self._check_wanted()
         count = super().readinto(buffer)
         if not count or self.tell() >= self._file.size:
             self._check()
         return count or 0
 
     def read(self, size: int | None = -1, /) -> bytes:
+        self._check_wanted()
         data = super().read(-1 if size is None else size) or b""
         if not data or self.tell() >= self._file.size:
             self._check()
@@ -212,6 +217,10 @@ class _Steady(io.FileIO):
 
     def readall(self) -> bytes:
         return self.read()
+
+    def _check_wanted(self) -> None:
+        if self._token is not None:
+            self._token.check()
 
     def _check(self) -> None:
         status = os.fstat(self.fileno())
