@@ -39,7 +39,7 @@ def install_with_everything(session: nox.Session, *groups: str) -> None:
     The second step is held to the versions that the first one chose: the tools' boto3 and the
     library's s3fs seldom want the same botocore, and a search for both at once takes minutes.
     """
-    session.install("-e", ".[all,oci,git,modelscope]")
+    session.install("-e", ".[all,oci,git]")
     frozen = session.run("python", "-m", "pip", "freeze", "--exclude-editable", silent=True)
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text(str(frozen), encoding="utf-8")

@@ -72,7 +72,8 @@ _FEW = 3
 # "?" on may be a credential (SAS tokens and presigned URLs keep theirs in the query).
 # What an Azure URI has there is the name of a container.
 _USERINFO = re.compile(
-    r"://(?!(?:(?<=\babfs://)|(?<=\babfss://))[a-z0-9$-]+@[a-z0-9]+\.(?:dfs|blob)\.)[^/?#\s@]*@"
+    r"://(?!(?:(?<=\babfs://)|(?<=\babfss://))[a-z0-9$-]+@[a-z0-9]+\.(?:z[0-9]+\.)?(?:dfs|blob)\.)"
+    r"[^/?#\s@]*@"
 )
 _WORD = re.compile(r"[^\s\"<>]+")
 _PIN = re.compile(r"\?(?:versionId|generation)=[A-Za-z0-9._-]+$")

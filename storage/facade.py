@@ -20,8 +20,11 @@ if TYPE_CHECKING:
         AzureConfig,
         FsspecConfig,
         GCSConfig,
+        GitConfig,
         HFConfig,
         HTTPConfig,
+        ModelScopeConfig,
+        OCIConfig,
         PVCConfig,
         S3Config,
     )
@@ -30,7 +33,16 @@ if TYPE_CHECKING:
     from storage.transfer.progress import ProgressCallback
 
     StorageConfig = (
-        S3Config | GCSConfig | AzureConfig | HFConfig | HTTPConfig | PVCConfig | FsspecConfig
+        S3Config
+        | GCSConfig
+        | AzureConfig
+        | HFConfig
+        | HTTPConfig
+        | GitConfig
+        | ModelScopeConfig
+        | OCIConfig
+        | PVCConfig
+        | FsspecConfig
     )
 
 __all__ = [

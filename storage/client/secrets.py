@@ -31,6 +31,7 @@ _VARIABLES = (
     "AZURE_STORAGE_SAS_TOKEN",
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
+    "MODELSCOPE_API_TOKEN",
 )
 _PACKAGES = (
     *("adlfs", "aiobotocore", "aiohttp", "azure", "boto3", "botocore", "fsspec", "gcsfs"),

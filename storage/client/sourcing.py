@@ -41,7 +41,7 @@ def source_of(location: Location, config: Any, patterns: Patterns, unpack: bool)
 def complete(location: Location, config: Any) -> Location:
     """Return a location with the revision that ``config`` names, if it names none itself."""
     revision = getattr(config, "revision", None)
-    if location.scheme != "hf" or location.version is not None or revision is None:
+    if not location.has_revisions or location.version is not None or revision is None:
         return location
     return replace(location, version=revision)
 

@@ -23,6 +23,7 @@ _VARIABLES = {
         "AZURE_STORAGE_ACCOUNT_NAME",
     ),
     "hf": ("HF_ENDPOINT",),
+    "modelscope": ("MODELSCOPE_ENDPOINT",),
 }
 # What the connection string of a storage account says beside its secrets.
 _PUBLIC = re.compile(

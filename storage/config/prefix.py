@@ -126,6 +126,6 @@ def _account_prefix(text: str) -> Prefix | None:
     if not re.fullmatch(r"https://[^/?#@]+/?", text, re.IGNORECASE):
         return None
     location = parse_uri(f"{text.rstrip('/')}/container/path")
-    if location.scheme != "azure":
+    if location.scheme not in ("azure", "azurefile"):
         return None
-    return Prefix("azure", "azure", (), location.account)
+    return Prefix(location.type, location.scheme, (), location.account)

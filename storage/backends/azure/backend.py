@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from storage.addresses import azure_host
 from storage.backends.azure.credentials import Access, find_access, may_sign
 from storage.backends.base import Backend, Capabilities, OpenOptions
 from storage.backends.network import Network, with_timeouts
@@ -25,7 +26,8 @@ def open_backend(location: Location, config: AzureConfig | None, options: OpenOp
     """Return a backend for the container of ``location``; inert."""
     uri = f"azure://{location.bucket}/"
     if location.account is not None:
-        uri = f"https://{location.account}.blob.core.{location.domain}/{location.bucket}/"
+        host = azure_host(location.account, "blob", location.domain)
+        uri = f"https://{host}/{location.bucket}/"
     options = with_timeouts(options, config)
     signs = may_sign(location, config)
 

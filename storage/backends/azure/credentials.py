@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
+from storage.addresses import azure_account, azure_host
 from storage.backends.azure.tokens import Tokens
 from storage.backends.network import Network
 from storage.errors import ConfigurationError, InvalidInput, StorageError, one_line
@@ -114,8 +115,10 @@ def find_access(
         )
     if endpoint is None:
         suffix = given.suffix or ambient.suffix or "core.windows.net"
-        suffix = f"core.{location.domain}" if location.domain is not None else suffix
-        endpoint = f"https://{account}.blob.{suffix}"
+        host = f"{account}.blob.{suffix}"
+        if location.domain is not None:
+            host = azure_host(account, "blob", location.domain)
+        endpoint = f"https://{host}"
     _check_account(location, account, endpoint, given)
     domain = _cloud_of(endpoint) or location.domain or "windows.net"
     key, sas, tokens = _credential(location, config, given, ambient, network, domain)
@@ -259,21 +262,29 @@ def _cleaned(endpoint: str) -> str:
             "https://ACCOUNT.blob.core.windows.net"
         )
     netloc = parts.netloc.rpartition("@")[2]
-    if match := _HOST.fullmatch(parts.hostname):
-        netloc = netloc.lower().replace(f"{match.group(1)}.dfs.", f"{match.group(1)}.blob.", 1)
+    if _of_azure(parts.hostname) is not None:
+        netloc = netloc.lower().replace(".dfs.", ".blob.", 1)
     return f"{parts.scheme}://{netloc}{parts.path.rstrip('/')}"
 
 
 def _cloud_of(endpoint: str) -> str | None:
-    match = _HOST.fullmatch(urlsplit(endpoint).hostname or "")
-    return match.group(2) if match is not None else None
+    found = _of_azure(urlsplit(endpoint).hostname or "")
+    return found[1] if found is not None else None
+
+
+def _of_azure(host: str) -> tuple[str, str] | None:
+    """Return the account and the cloud (or the DNS zone) of a host of Azure's."""
+    if (found := azure_account(host)) is not None:
+        return found[0], found[2]
+    match = _HOST.fullmatch(host)
+    return (match.group(1), match.group(2)) if match is not None else None
 
 
 def _surely_of(endpoint: str) -> str | None:
     """Return the account of an address that can be no other's, unlike that of a custom domain."""
     parts = urlsplit(endpoint)
-    if match := _HOST.fullmatch(parts.hostname or ""):
-        return match.group(1)
+    if (found := _of_azure(parts.hostname or "")) is not None:
+        return found[0]
     if _EMULATORS.fullmatch(parts.hostname or ""):
         return parts.path.strip("/").partition("/")[0] or None
     return None
@@ -298,6 +309,6 @@ def _check_account(location: Location, account: str, endpoint: str, given: _Name
     for cloud in (given.cloud, _cloud_of(endpoint)):
         if cloud is not None and location.domain is not None and cloud != location.domain:
             raise ConfigurationError(
-                f"{location} is in the cloud core.{location.domain}, and the config is for "
-                f"core.{cloud}; pass the right one"
+                f"{location} is in the cloud {location.domain}, and the config is for {cloud}; "
+                "pass the right one"
             )
