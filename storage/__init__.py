@@ -55,13 +55,11 @@ if TYPE_CHECKING:
     from storage.facade import (
         AUTHENTICATION_METHODS,
         LocalPath,
-        ObjectList,
         Storage,
         StorageConfig,
-        StorageMetadata,
-        StorageOperations,
         StorageURI,
     )
+    from storage.operations import ObjectList, StorageMetadata, StorageOperations
     from storage.transfer.plan import Plan
     from storage.transfer.progress import Progress
     from storage.uri import (
@@ -121,13 +119,11 @@ _MODULES = {
     "storage.facade": (
         "AUTHENTICATION_METHODS",
         "LocalPath",
-        "ObjectList",
         "Storage",
         "StorageConfig",
-        "StorageMetadata",
-        "StorageOperations",
         "StorageURI",
     ),
+    "storage.operations": ("ObjectList", "StorageMetadata", "StorageOperations"),
     "storage.transfer.plan": ("Plan",),
     "storage.transfer.progress": ("Progress",),
     "storage.uri": (

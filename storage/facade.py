@@ -1,4 +1,4 @@
-"""The static facades: `Storage` and `StorageOperations` over one default client."""
+"""The static facade `Storage` over one default client; `StorageOperations` is beside it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
     from storage.client import StorageClient
+    from storage.client.asynchronous import AsyncOpening
     from storage.client.lockfile import LockFile
     from storage.client.signatures import RequireSignature
     from storage.config import (
@@ -48,11 +49,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AUTHENTICATION_METHODS",
     "LocalPath",
-    "ObjectList",
     "Storage",
     "StorageConfig",
-    "StorageMetadata",
-    "StorageOperations",
     "StorageURI",
     "default_client",
 ]
@@ -62,12 +60,6 @@ StorageURI = str
 
 LocalPath = str
 """A path on this machine."""
-
-StorageMetadata = dict[str, Any]
-"""What :meth:`StorageOperations.get_object_metadata` returns."""
-
-ObjectList = list[str]
-"""What :meth:`StorageOperations.list_objects` returns."""
 
 AUTHENTICATION_METHODS: dict[str, list[str]] = {
     "s3": ["access_key", "iam_role", "instance_profile"],
@@ -304,6 +296,35 @@ class Storage:
         """
         return default_client().download_locked(lock, uri, dest, **options)
 
+    # Of static methods with several signatures type checkers would see one only.
+    @overload
+    @staticmethod
+    async def adownload_locked(
+        lock: LockFile | LocalPath | os.PathLike[str],
+        uri: StorageURI | os.PathLike[str],
+        dest: LocalPath | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> LocalPath: ...
+
+    @overload
+    @staticmethod
+    async def adownload_locked(
+        lock: LockFile | LocalPath | os.PathLike[str],
+        uri: None = None,
+        dest: LocalPath | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> list[LocalPath]: ...
+
+    @staticmethod
+    async def adownload_locked(
+        lock: LockFile | LocalPath | os.PathLike[str],
+        uri: StorageURI | os.PathLike[str] | None = None,
+        dest: LocalPath | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> LocalPath | list[LocalPath]:
+        """Await what :meth:`download_locked` does, in a thread; cancelling ends it."""
+        return await default_client().adownload_locked(lock, uri, dest, **options)
+
     @staticmethod
     def upload(
         src: LocalPath | os.PathLike[str],
@@ -382,6 +403,28 @@ class Storage:
         return default_client().open(uri, mode, config=config)
 
     @staticmethod
+    def aopen(
+        uri: StorageURI | os.PathLike[str],
+        mode: Literal["rb", "wb", "xb"] = "rb",
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+    ) -> AsyncOpening:
+        """Open one object as a binary file for coroutines, as :meth:`open` does.
+
+        ::
+
+            async with Storage.aopen("s3://models/iris.bin") as file:
+                await file.seek(-16, os.SEEK_END)
+                tail = await file.read()
+
+        Returns:
+            What ``async with`` enters and ``await`` turns into the file.
+        """
+        from storage.client.asynchronous import AsyncOpening
+
+        return AsyncOpening(default_client, uri, mode, config)
+
+    @staticmethod
     def _download_object(uri: StorageURI | os.PathLike[str], *, config: Any = None) -> str:
         return default_client()._download_object(uri, config=config)
 
@@ -399,95 +442,3 @@ class Storage:
         return default_client().filesystem(uri, config=config)
 
     afilesystem = staticmethod(awaitable_function(filesystem))
-
-
-class StorageOperations:
-    """Single objects of a store: list, describe, delete, copy."""
-
-    @staticmethod
-    def list_objects(
-        uri: StorageURI | os.PathLike[str],
-        *,
-        config: StorageConfig | dict[str, Any] | None = None,
-    ) -> ObjectList:
-        """Return the paths of all objects below ``uri``, relative to it, sorted.
-
-        If ``uri`` is one object, its name.
-
-        Raises:
-            ModelMissingError: nothing is there.
-        """
-        return default_client().list_objects(uri, config=config)
-
-    alist_objects = staticmethod(awaitable_function(list_objects))
-
-    @staticmethod
-    def get_object_metadata(
-        uri: StorageURI | os.PathLike[str],
-        *,
-        config: StorageConfig | dict[str, Any] | None = None,
-    ) -> StorageMetadata:
-        """Describe an object.
-
-        Returns:
-            ``type`` (``object`` or ``tree``), ``size`` (bytes), ``modified_time`` (datetime),
-            ``etag``, ``version``, ``content_type``, ``digests`` (hex by algorithm),
-            ``metadata`` (the user's) and ``uri``. Of a tree: the total ``size``, the number
-            of ``objects`` and the latest ``modified_time``.
-
-        Raises:
-            ModelMissingError: nothing is there.
-        """
-        return default_client().get_object_metadata(uri, config=config)
-
-    aget_object_metadata = staticmethod(awaitable_function(get_object_metadata))
-
-    @staticmethod
-    def delete_object(
-        uri: StorageURI | os.PathLike[str],
-        *,
-        config: StorageConfig | dict[str, Any] | None = None,
-        recursive: bool = False,
-    ) -> bool:
-        """Delete an object, or with ``recursive`` a tree, and return ``True``.
-
-        Raises:
-            ModelMissingError: nothing is there.
-            InvalidInput: it is a tree, and ``recursive`` is not set.
-        """
-        return default_client().delete_object(uri, config=config, recursive=recursive)
-
-    adelete_object = staticmethod(awaitable_function(delete_object))
-
-    @staticmethod
-    def copy_object(
-        src_uri: StorageURI | os.PathLike[str],
-        dest_uri: StorageURI | os.PathLike[str],
-        *,
-        config: StorageConfig | dict[str, Any] | None = None,
-        dest_config: StorageConfig | dict[str, Any] | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> bool:
-        """Copy an object or a tree between any two stores and return ``True``.
-
-        Within one bucket the store copies by itself; else the bytes stream through this
-        machine in bounded memory and are verified.
-
-        Args:
-            src_uri: what to copy.
-            dest_uri: the new object; a path that ends in ``/`` takes the source's name.
-            config: of the source; of the destination too if both are of one type and
-                ``dest_config`` is ``None``.
-            dest_config: of the destination.
-            progress: as in :meth:`Storage.download`.
-
-        Raises:
-            ModelMissingError: there is no source.
-            UnsupportedOperation: the settings require signatures and ``dest_uri`` is on this
-                machine.
-        """
-        return default_client().copy_object(
-            src_uri, dest_uri, config=config, dest_config=dest_config, progress=progress
-        )
-
-    acopy_object = staticmethod(awaitable_function(copy_object))

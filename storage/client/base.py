@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
+from storage.awaitable import awaitable
 from storage.backends import open_backend
 from storage.config.plain import AnySettings, current_settings
 from storage.errors import ConfigurationError, InvalidInput
@@ -75,6 +76,8 @@ class ClientBase:
             for backend in backends.values():
                 backend.close()
 
+    aclose = awaitable(close)
+
     def __enter__(self) -> Self:
         return self
 
@@ -85,6 +88,17 @@ class ClientBase:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
 
     # -- what the parts share ----------------------------------------------------------------
 

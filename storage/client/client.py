@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
     from storage.backends.base import ObjectInfo
+    from storage.client.asynchronous import AsyncOpening
     from storage.client.lockfile import LockFile
     from storage.client.prefetch import PrefetchResult
     from storage.client.repair import Fetch, Repair
@@ -399,6 +400,14 @@ class StorageClient(ClientBase):
 
             return open_writer(backend, location.key, retry, str(location), if_absent=mode == "xb")
         raise InvalidInput(f"the mode is {mode!r}; expected 'rb', 'wb' or 'xb'")
+
+    def aopen(
+        self, uri: str | os.PathLike[str], mode: str = "rb", *, config: Any = None
+    ) -> AsyncOpening:
+        """Open an object as a file for coroutines; see :meth:`storage.Storage.aopen`."""
+        from storage.client.asynchronous import AsyncOpening
+
+        return AsyncOpening(lambda: self, uri, mode, config)
 
     def _download_object(self, uri: str | os.PathLike[str], *, config: Any = None) -> str:
         """Download as :meth:`download` does; a tree is refused before its first byte."""

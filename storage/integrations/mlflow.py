@@ -32,8 +32,9 @@ from storage.errors import (
     UnsupportedOperation,
     one_line,
 )
-from storage.facade import Storage, StorageOperations, default_client
+from storage.facade import Storage, default_client
 from storage.integrations.scratch import scratch
+from storage.operations import StorageOperations
 from storage.uri import Location, parse_uri
 
 __all__ = ["PREFIX", "ModelStorageArtifactRepository"]
