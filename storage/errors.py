@@ -2,7 +2,7 @@
 
 ::
 
-    Exception
+    RuntimeError
     ├── StorageError                    anything that went wrong in a store or on the way
     │   ├── ModelMissingError           no such object or tree        (FileNotFoundError)
     │   │   └── BucketMissingError      not even the bucket
@@ -21,9 +21,9 @@
     │       ├── TransientError          one attempt failed in a way worth repeating
     │       │   └── UnreachableError    ... because nobody answers at that address
     │       └── ObjectChangedError      the object was replaced while it was read
-    └── ModelNotFound                   for model servers: no model of that name
-    RuntimeError
     └── InferenceError                  for model servers: a prediction failed
+    Exception
+    └── ModelNotFound                   for model servers: no model of that name
 
 A message says what was asked, what was expected, what was found and what to do. It is one
 line and holds no secret and no query string; :func:`redact` and :func:`one_line` see to it.
@@ -206,8 +206,11 @@ def few(items: Sequence[str]) -> str:
     return shown if len(items) <= _FEW else f"{shown} and {len(items) - _FEW} more"
 
 
-class StorageError(Exception):
-    """Base of everything that this library raises about a store or a transfer."""
+class StorageError(RuntimeError):
+    """Base of everything that this library raises about a store or a transfer.
+
+    It is a ``RuntimeError`` because that is what model servers catch around a download.
+    """
 
 
 class ModelMissingError(StorageError, FileNotFoundError):
