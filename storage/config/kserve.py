@@ -22,7 +22,7 @@ from storage.uri import Location
 if TYPE_CHECKING:
     from storage.config.base import ConfigModel
 
-__all__ = ["kserve_config"]
+__all__ = ["complete_fields", "kserve_config", "kserve_fields"]
 
 _VARIABLES = ("STORAGE_CONFIG", "STORAGE_OVERRIDE_CONFIG")
 _HDFS = ("hdfs", "webhdfs")
@@ -47,16 +47,9 @@ def kserve_config(
         ConfigurationError: a variable is no JSON object, or a field holds what it may not.
     """
     environ = os.environ if environ is None else environ
-    fields: dict[str, Any] = {}
-    for variable in _VARIABLES:
-        fields |= _read(variable, environ.get(variable, ""))
-    kind = fields.pop("type", None)
+    kind, fields = kserve_fields(environ)
     if kind is None:
         return None
-    try:
-        kind = read_type(kind)
-    except ConfigurationError as exc:
-        raise ConfigurationError(f"STORAGE_CONFIG: {exc}") from exc
     if kind in _HDFS and location.type in _HDFS:
         raise ConfigurationError(
             f"STORAGE_CONFIG is of type {kind}, which is not supported; pass "
@@ -64,9 +57,7 @@ def kserve_config(
         )
     if kind != location.type:
         return None
-    adapt = _ADAPTERS.get(kind)
-    if adapt is not None:
-        adapt(fields, environ)
+    complete_fields(kind, fields, environ)
     wanted = config_class(kind)
     if wanted is None:
         return None
@@ -79,6 +70,31 @@ def kserve_config(
     if location.account is not None and account not in (None, location.account):
         return None
     return made
+
+
+def kserve_fields(environ: Mapping[str, str]) -> tuple[str | None, dict[str, Any]]:
+    """Return the type that ``STORAGE_CONFIG`` is for, and its fields as they stand there.
+
+    Raises:
+        ConfigurationError: a variable is no JSON object, or the type is none.
+    """
+    fields: dict[str, Any] = {}
+    for variable in _VARIABLES:
+        fields |= _read(variable, environ.get(variable, ""))
+    kind = fields.pop("type", None)
+    if kind is None:
+        return None, {}
+    try:
+        return read_type(kind), fields
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"STORAGE_CONFIG: {exc}") from exc
+
+
+def complete_fields(kind: str, fields: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """Make of KServe's fields for stores of the type ``kind`` those of its config, in place."""
+    adapt = _ADAPTERS.get(kind)
+    if adapt is not None:
+        adapt(fields, environ)
 
 
 def _read(variable: str, text: str) -> dict[str, Any]:
