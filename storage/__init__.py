@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from storage.client import StorageClient
     from storage.client.lockfile import LockedFile, LockedModel, LockFile
+    from storage.client.mirror.options import MirrorFailure, MirrorResult
     from storage.client.prefetch import PrefetchResult
     from storage.client.signatures import SignaturePolicy
     from storage.config import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         InsufficientSpaceError,
         IntegrityError,
         InvalidInput,
+        MirrorError,
         ModelMissingError,
         ModelNotFound,
         ObjectChangedError,
@@ -79,6 +81,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "storage.client": ("StorageClient",),
     "storage.client.lockfile": ("LockFile", "LockedFile", "LockedModel"),
+    "storage.client.mirror.options": ("MirrorFailure", "MirrorResult"),
     "storage.client.prefetch": ("PrefetchResult",),
     "storage.client.signatures": ("SignaturePolicy",),
     "storage.config": (
@@ -104,6 +107,7 @@ _MODULES = {
         "InsufficientSpaceError",
         "IntegrityError",
         "InvalidInput",
+        "MirrorError",
         "ModelMissingError",
         "ModelNotFound",
         "ObjectChangedError",
@@ -170,6 +174,9 @@ __all__ = [
     "LockFile",
     "LockedFile",
     "LockedModel",
+    "MirrorError",
+    "MirrorFailure",
+    "MirrorResult",
     "ModelMissingError",
     "ModelNotFound",
     "ModelScopeConfig",

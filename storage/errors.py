@@ -20,7 +20,8 @@
     │   └── TransferError               retries are spent
     │       ├── TransientError          one attempt failed in a way worth repeating
     │       │   └── UnreachableError    ... because nobody answers at that address
-    │       └── ObjectChangedError      the object was replaced while it was read
+    │       ├── ObjectChangedError      the object was replaced while it was read
+    │       └── MirrorError             not all objects of a mirror are in place
     └── InferenceError                  for model servers: a prediction failed
     Exception
     └── ModelNotFound                   for model servers: no model of that name
@@ -47,6 +48,7 @@ __all__ = [
     "InsufficientSpaceError",
     "IntegrityError",
     "InvalidInput",
+    "MirrorError",
     "ModelMissingError",
     "ModelNotFound",
     "ObjectChangedError",
@@ -346,6 +348,18 @@ class UnreachableError(TransientError):
 
 class ObjectChangedError(TransferError):
     """The object is no longer the one that the read was pinned to."""
+
+
+class MirrorError(TransferError):
+    """Not all objects of a mirror are in place; ``result`` says which failed, and why."""
+
+    def __init__(self, message: str, result: object = None) -> None:
+        """Keep the ``message`` and the ``result``, a :class:`storage.MirrorResult`."""
+        super().__init__(message, result)
+        self.result = result
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ModelNotFound(Exception):

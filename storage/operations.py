@@ -9,6 +9,11 @@ from storage.awaitable import awaitable_function
 from storage.facade import StorageURI, default_client
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from storage.client.mirror import MirrorResult
+    from storage.client.mirror.crew import AnyExecutor
+    from storage.digest import Digest
     from storage.facade import StorageConfig
     from storage.transfer.progress import ProgressCallback
 
@@ -22,7 +27,7 @@ ObjectList = list[str]
 
 
 class StorageOperations:
-    """Single objects of a store: list, describe, delete, copy."""
+    """Single objects of a store: list, describe, delete, copy; and mirrors of many."""
 
     @staticmethod
     def list_objects(
@@ -111,3 +116,83 @@ class StorageOperations:
         )
 
     acopy_object = staticmethod(awaitable_function(copy_object))
+
+    @staticmethod
+    def mirror(
+        src_uri: StorageURI | os.PathLike[str],
+        dest_uri: StorageURI | os.PathLike[str],
+        *,
+        config: StorageConfig | dict[str, Any] | None = None,
+        dest_config: StorageConfig | dict[str, Any] | None = None,
+        executor: AnyExecutor | None = None,
+        allow_patterns: str | Iterable[str] | None = None,
+        ignore_patterns: str | Iterable[str] | None = None,
+        digest: str | Digest | None = None,
+        overwrite: bool = True,
+        delete: bool = False,
+        dry_run: bool = False,
+        batch_size: int = 50,
+        in_flight: int = 64,
+        progress: ProgressCallback | None = None,
+    ) -> MirrorResult:
+        """Bring all objects of a tree to another place, by any executor.
+
+        What is in place already, with the same content, is left alone. So a mirror that was
+        interrupted goes on when it is called again, and a batch may be done twice: the batches
+        of a worker that died are given to another one. Bytes are verified as by
+        :meth:`copy_object`, and the store copies by itself where it can. See the page "Fleets".
+
+        Args:
+            src_uri: a tree, or one object.
+            dest_uri: what it goes to, in any store; a single object goes into what ends in ``/``.
+            config: of the source; of the destination too if both are of one type and
+                ``dest_config`` is ``None``.
+            dest_config: of the destination.
+            executor: a ``concurrent.futures.Executor``: threads, processes,
+                ``dask.distributed.Client.get_executor()``. Or a function that makes one; then
+                another one is made if it breaks. Without one, the work is done by threads of
+                this process.
+            allow_patterns: as in :meth:`storage.Storage.download`.
+            ignore_patterns: as in :meth:`storage.Storage.download`.
+            digest: expected digest, of the object or of the tree. Every byte is hashed for it,
+                also of what is in place already. Of one object nothing else is ever written; of
+                a tree it can be told only when all of it was copied.
+            overwrite: replace objects that have other content. If not, they are failures.
+            delete: at last, if nothing failed, remove what the source does not have and the
+                patterns do not leave out.
+            dry_run: compare, write nothing, and return what would be done.
+            batch_size: objects that a worker is given at once, at most; 1 GiB is enough, too.
+            in_flight: batches given out at once, at most.
+            progress: as in :meth:`storage.Storage.download`; with an executor, told after each
+                batch.
+
+        Returns:
+            How many objects were copied, were in place, and were deleted.
+
+        Raises:
+            ModelMissingError: there is no source, or the patterns want nothing of it.
+            MirrorError: some objects failed; all others are in place. It has the result, with
+                the reasons. Beyond 1,000 failures the others are not tried.
+            IntegrityError: the digest of the tree is not the expected one.
+            InvalidInput: the places overlap, or two objects would become one file.
+            UnsupportedOperation: the destination cannot be written, or not without overwriting;
+                or the workers do not see what is here.
+        """
+        return default_client().mirror(
+            src_uri,
+            dest_uri,
+            config=config,
+            dest_config=dest_config,
+            executor=executor,
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+            digest=digest,
+            overwrite=overwrite,
+            delete=delete,
+            dry_run=dry_run,
+            batch_size=batch_size,
+            in_flight=in_flight,
+            progress=progress,
+        )
+
+    amirror = staticmethod(awaitable_function(mirror))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from storage.backends.base import ObjectInfo
     from storage.client.asynchronous import AsyncOpening
     from storage.client.lockfile import LockFile
+    from storage.client.mirror import MirrorResult
     from storage.client.prefetch import PrefetchResult
     from storage.client.repair import Fetch, Repair
     from storage.client.signatures import RequireSignature
@@ -374,6 +375,16 @@ class StorageClient(ClientBase):
         return True
 
     acopy_object = awaitable(copy_object)
+
+    def mirror(
+        self, src_uri: str | os.PathLike[str], dest_uri: str | os.PathLike[str], **options: Any
+    ) -> MirrorResult:
+        """Mirror a tree, by any executor; see :meth:`storage.StorageOperations.mirror`."""
+        from storage.client.mirror import MirrorOptions, mirror
+
+        return mirror(self, src_uri, dest_uri, MirrorOptions(**options))
+
+    amirror = awaitable(mirror)
 
     # -- files -------------------------------------------------------------------------------
 
