@@ -98,7 +98,7 @@ class Extraction:
 
     def folder(self, name: str) -> None:
         """Make a folder, if it is not there yet."""
-        self._make(self._below(name))
+        self._make(self.place(name))
 
     @contextlib.contextmanager
     def file(self, name: str, executable: bool) -> Iterator[IO[bytes]]:
@@ -128,12 +128,12 @@ class Extraction:
 
     def hard_link(self, name: str, target: str) -> None:
         """Make a file another name of one that is there."""
-        source = self._below(target)
+        source = self.place(target)
         if not os.path.isfile(source) or os.path.islink(source):
             raise self.refusal(
                 f"holds the link {quoted(name)} to {quoted(target)}, which is no file in it"
             )
-        if self._below(name) == source:
+        if self.place(name) == source:
             return
         # Whoever reads the files reads it again.
         self.count(os.path.getsize(source))
@@ -153,16 +153,20 @@ class Extraction:
                 name = os.path.relpath(path, self._root)
                 raise self.refusal(f"holds the link {quoted(name)}, which leads out of it")
 
+    def forget(self) -> None:
+        """Look at all folders again: some were removed, or became something else."""
+        self._real = {self._folder}
+
     def _free(self, name: str) -> str:
         """Return the path of a file or link to be made. The last member of a name wins."""
-        path = self._below(name)
+        path = self.place(name)
         if path == self._folder:
             raise self.refusal(f"holds the file {quoted(name)}, which is the folder itself")
         self._make(os.path.dirname(path))
         # Never written through: what is there is removed, be it a link.
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
-            self._real = {self._folder}
+            self.forget()
         elif os.path.lexists(path):
             os.unlink(path)
         return path
@@ -185,7 +189,7 @@ class Extraction:
                 self._real.add(folder)
                 folder = os.path.dirname(folder)
 
-    def _below(self, name: str) -> str:
+    def place(self, name: str) -> str:
         """Return where a member goes; follow the links that earlier members made."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if not name or leads_out(name):

@@ -16,7 +16,7 @@ from typing import IO, Protocol
 from storage import cancellation
 from storage.unpacking.extraction import DamageError, Extraction, quoted
 
-__all__ = ["Stream", "extract_tar", "is_tar"]
+__all__ = ["Member", "Source", "Stream", "extract_file", "extract_tar", "is_tar", "members"]
 
 _BLOCK = 512
 _PIECE = 1024 * 1024
@@ -57,17 +57,50 @@ class _Records:
 
 
 @dataclass(slots=True)
-class _Member:
+class Member:
+    """What the headers of a member say."""
+
     kind: bytes
+    """Type flag of the header."""
+
     name: str
     target: str
+    """Of a link."""
+
     size: int
     """Bytes of it in the archive."""
 
     executable: bool
     real_size: int
+    """Bytes of the file that it becomes."""
+
     segments: array[int] | None
     """Of a sparse file: where the bytes in the archive belong, as offsets and lengths."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder."""
+        return self.kind in (_FOLDER, _DUMPED_FOLDER)
+
+    @property
+    def is_link(self) -> bool:
+        """Whether it is a symbolic link."""
+        return self.kind == _LINK
+
+    @property
+    def is_hard_link(self) -> bool:
+        """Whether it is another name of a member before it."""
+        return self.kind == _HARD_LINK
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it is a device or a pipe."""
+        return self.kind in _SPECIAL
+
+    @property
+    def has_content(self) -> bool:
+        """Whether bytes of it follow in the archive, which have to be read or skipped."""
+        return not (self.is_link or self.is_hard_link or self.is_special or self.kind == _FOLDER)
 
 
 def extract_tar(stream: Stream, extraction: Extraction) -> None:
@@ -81,27 +114,28 @@ def extract_tar(stream: Stream, extraction: Extraction) -> None:
         DamageError: it is damaged.
         InvalidInput: it holds what is refused.
     """
-    source = _Source(stream)
-    for member in _members(source, extraction):
+    source = Source(stream)
+    for member in members(source, extraction):
         extraction.entry()
-        if member.kind in (_FOLDER, _DUMPED_FOLDER):
+        if member.is_folder:
             extraction.folder(member.name)
-            if member.kind == _DUMPED_FOLDER:
+            if member.has_content:
                 source.skip(member.size, extraction)
-        elif member.kind == _LINK:
+        elif member.is_link:
             extraction.link(member.name, member.target)
-        elif member.kind == _HARD_LINK:
+        elif member.is_hard_link:
             extraction.hard_link(member.name, member.target)
         else:
-            _extract_file(source, member, extraction)
-    # Only the end of the stream tells whether its checksum is right.
-    while piece := stream.read(_PIECE):
-        extraction.count(len(piece))
+            extract_file(source, member, extraction)
+    source.drain(extraction)
 
 
-def _extract_file(source: _Source, member: _Member, extraction: Extraction) -> None:
+def extract_file(
+    source: Source, member: Member, extraction: Extraction, name: str | None = None
+) -> None:
+    """Extract a member that is a file, as ``name`` or under its own."""
     extraction.count(member.real_size)
-    with extraction.file(member.name, member.executable) as target:
+    with extraction.file(name or member.name, member.executable) as target:
         if member.segments is None:
             source.copy(member.size, target)
         else:
@@ -112,10 +146,11 @@ def _extract_file(source: _Source, member: _Member, extraction: Extraction) -> N
     source.pad(member.size)
 
 
-class _Source:
+class Source:
     """The bytes of the archive, in order."""
 
     def __init__(self, stream: Stream) -> None:
+        """Read from ``stream``, which stands at the first byte of a tar."""
         self._stream = stream
         self.at = 0
 
@@ -158,13 +193,32 @@ class _Source:
             left -= len(self.exactly(min(left, _PIECE)))
         self.pad(size)
 
+    def drain(self, extraction: Extraction) -> None:
+        """Read what follows the last member.
+
+        Only the end of a compressed stream tells whether its checksum is right.
+        """
+        while piece := self._stream.read(_PIECE):
+            extraction.count(len(piece))
+
     def pad(self, size: int) -> None:
         """Pass over what fills the last block of content of ``size`` bytes."""
         if size % _BLOCK:
             self.exactly(-size % _BLOCK)
 
 
-def _members(source: _Source, extraction: Extraction) -> Iterator[_Member]:
+def members(source: Source, extraction: Extraction, *, specials: bool = False) -> Iterator[Member]:
+    """Yield the members of a tar; the content of each is to be read before the next is asked for.
+
+    Args:
+        source: the decompressed bytes.
+        extraction: counts, and words the refusals.
+        specials: yield devices and pipes instead of refusing the archive.
+
+    Raises:
+        DamageError: it is damaged.
+        InvalidInput: it holds what is refused.
+    """
     everywhere: dict[bytes, bytes] = {}
     records = _Records()
     while True:
@@ -196,12 +250,14 @@ def _members(source: _Source, extraction: Extraction) -> Iterator[_Member]:
             source.skip(size, extraction)
             continue
         member = _member(block, kind, size, {**everywhere, **records.values}, extraction)
+        if member.is_special and not specials:
+            raise extraction.refusal(f"holds {quoted(member.name)}, a device or pipe")
         _find_segments(source, block, member, {**everywhere, **records.values}, records.segments)
         records = _Records()
         yield member
 
 
-def _record_body(source: _Source, size: int, records: _Records) -> bytes:
+def _record_body(source: Source, size: int, records: _Records) -> bytes:
     # The header counts too: many empty ones are not free.
     records.size += size + _BLOCK
     if records.size > _MAX_RECORDS:
@@ -215,7 +271,7 @@ def _record_body(source: _Source, size: int, records: _Records) -> bytes:
 
 def _member(
     block: bytes, kind: bytes, size: int, values: dict[bytes, bytes], extraction: Extraction
-) -> _Member:
+) -> Member:
     name = block[:100].partition(b"\0")[0]
     if block[257:263] == _USTAR:
         # One old program keeps times in the last bytes of this field.
@@ -227,23 +283,21 @@ def _member(
     if b"size" in values:
         size = _decimal(values[b"size"])
     shown = os.fsdecode(name)
-    if kind in _SPECIAL:
-        raise extraction.refusal(f"holds {quoted(shown)}, a device or pipe")
     if kind in _FILES and name.endswith(b"/"):
         kind = _FOLDER  # the oldest archives mark folders so
-    if kind not in (*_FILES, _GNU_SPARSE, _HARD_LINK, _LINK, _FOLDER, _DUMPED_FOLDER):
+    if kind not in (*_FILES, *_SPECIAL, _GNU_SPARSE, _HARD_LINK, _LINK, _FOLDER, _DUMPED_FOLDER):
         raise extraction.refusal(f"holds {quoted(shown)}, which is of the unknown type {kind!r}")
     executable = bool(_number(block[100:108]) & 0o100)
-    return _Member(kind, shown, os.fsdecode(target), size, executable, size, None)
+    return Member(kind, shown, os.fsdecode(target), size, executable, size, None)
 
 
 # -- sparse files ------------------------------------------------------------------------------
 
 
 def _find_segments(
-    source: _Source,
+    source: Source,
     block: bytes,
-    member: _Member,
+    member: Member,
     values: dict[bytes, bytes],
     listed: array[int],
 ) -> None:
@@ -278,7 +332,7 @@ def _find_segments(
     member.segments = segments
 
 
-def _old_segments(source: _Source, block: bytes) -> array[int]:
+def _old_segments(source: Source, block: bytes) -> array[int]:
     segments = array("Q")
     part, more = block[386:482], block[482]
     while True:
@@ -295,7 +349,7 @@ def _old_segments(source: _Source, block: bytes) -> array[int]:
         part, more = following[:504], following[504]
 
 
-def _leading_segments(source: _Source, size: int) -> array[int]:
+def _leading_segments(source: Source, size: int) -> array[int]:
     """Read the map in front of the content: numbers in lines, filled up to a block."""
     lines: list[bytes] = []
     segments = array("Q")

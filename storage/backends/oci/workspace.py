@@ -1,0 +1,66 @@
+"""A folder for layers on their way, gone at the end, and what killed processes left of theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import weakref
+
+from storage.files import is_locked, remove, translate_os_errors
+
+__all__ = ["Workspace"]
+
+_PREFIX = "modelstorage-oci-"
+
+
+class Workspace:
+    """A folder of this user's in the system's place for temporary files.
+
+    It is locked as long as its owner lives, which tells it from one that was left behind.
+    """
+
+    def __init__(self) -> None:
+        """Make the folder, after removing those of dead owners.
+
+        Raises:
+            DestinationError: there is no place for temporary files.
+        """
+        with translate_os_errors(tempfile.gettempdir()):
+            _sweep()
+            while True:
+                self.path = tempfile.mkdtemp(prefix=_PREFIX)
+                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                with contextlib.suppress(OSError):  # no locks on this file system
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.isdir(self.path):  # or whoever sweeps came between
+                    break
+                os.close(lock)
+        self._finalizer = weakref.finalize(self, _drop, self.path, lock, os.getpid())
+
+    def close(self) -> None:
+        """Remove the folder with all that is in it. Safe to call twice."""
+        self._finalizer()
+
+
+def _drop(path: str, lock: int, owner: int) -> None:
+    # A forked child has a copy of this, and no right to what its parent uses.
+    if owner != os.getpid():
+        return
+    try:
+        with contextlib.suppress(OSError):
+            remove(path)
+    finally:
+        os.close(lock)
+
+
+def _sweep() -> None:
+    with os.scandir(tempfile.gettempdir()) as entries:
+        for entry in entries:
+            if not entry.name.startswith(_PREFIX):
+                continue
+            with contextlib.suppress(OSError):
+                mine = entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+                if mine and entry.is_dir(follow_symlinks=False) and not is_locked(entry.path):
+                    remove(entry.path)
