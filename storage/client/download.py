@@ -18,7 +18,7 @@ from storage.errors import (
     SignatureError,
     UnreachableError,
 )
-from storage.files import check_space, materialise, translate_os_errors
+from storage.files import translate_os_errors
 from storage.transfer import events
 from storage.transfer.plan import Patterns, Plan, PlannedFile, make_plan, resolve
 from storage.transfer.progress import Meter, ProgressCallback
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from storage.cache.refs import Source
     from storage.client.cached import CachedDownload
     from storage.client.client import StorageClient
+    from storage.client.placed import PlacedDownload
     from storage.client.signatures import RequireSignature
     from storage.transfer.download import FetchedFile
     from storage.transfer.journal import Journal
@@ -87,7 +88,7 @@ class Download:
         self.keeps: bool | None = None
         """Whether what is fetched is kept in the cache; known once it runs."""
 
-        self._overwrite = options.overwrite
+        self.overwrite = options.overwrite
         self._fill = options.cache
         self.link = options.link
         if self.link not in (None, "hardlink", "symlink"):
@@ -169,7 +170,7 @@ class Download:
             return self._in_place()
         if dest is None:
             return self._through_cache(None)
-        return self._fetch(self.make_plan(), dest, None)
+        return self._placed(dest).fetch(self.make_plan(), None)
 
     def _in_place(self) -> str:
         """Return the path of what is here already, checked if a digest is expected."""
@@ -230,8 +231,8 @@ class Download:
             if manifest is not None and not (self.unpack and self._verification is not None):
                 self._verify_cached(cached, manifest)
                 self.tell_present(manifest)
-                return self._materialise(manifest, dest)
-            return self._fetch(self.make_plan(), dest, cached)
+                return self._placed(dest).materialise(manifest)
+            return self._placed(dest).fetch(self.make_plan(), cached)
 
     def _through_cache(self, dest: str | None) -> str:
         self._verify_archive()
@@ -240,7 +241,7 @@ class Download:
             self._refuse_tree(manifest.is_tree)
             self._verify_cached(cached, manifest)
             if dest is not None:
-                return self._materialise(manifest, dest)
+                return self._placed(dest).materialise(manifest)
             return cached.keep(manifest)
 
     def from_cache(self, dest: str | None) -> str:
@@ -251,12 +252,19 @@ class Download:
             self._refuse_tree(manifest.is_tree)
             self._verify_cached(cached, manifest)
             self.tell_present(manifest)
-            return cached.keep(manifest) if dest is None else self._materialise(manifest, dest)
+            return (
+                cached.keep(manifest) if dest is None else self._placed(dest).materialise(manifest)
+            )
 
     def _cached(self) -> CachedDownload:
         from storage.client.cached import CachedDownload
 
         return CachedDownload(self)
+
+    def _placed(self, dest: str) -> PlacedDownload:
+        from storage.client.placed import PlacedDownload
+
+        return PlacedDownload(self, dest)
 
     def _verify_cached(self, cached: CachedDownload, manifest: Manifest) -> None:
         """Verify the signature of what the cache has, before it is handed over."""
@@ -305,97 +313,6 @@ class Download:
             meter.add_object()
         meter.finish()
 
-    # -- to a destination --------------------------------------------------------------------
-
-    def _final_path(self, dest: str, is_tree: bool, name: str) -> str:
-        """Return the path of the file or tree itself; ``name`` is the file's."""
-        if not is_tree and (dest.endswith("/") or os.path.isdir(dest)):
-            return os.path.join(dest, name)
-        return dest
-
-    def _materialise(self, manifest: Manifest, dest: str) -> str:
-        """Put files of the cache to ``dest``."""
-        from storage.transfer.destination import Destination
-
-        cache = self.client.cache
-        # An archive may hold no file at all.
-        name = "" if manifest.is_tree else manifest.files[0].path
-        path = self._final_path(dest, manifest.is_tree, name)
-        with Destination(
-            path, tree=manifest.is_tree, overwrite=self._overwrite, durable=self.durable
-        ) as destination:
-            if self.link is None:
-                check_space(os.path.dirname(destination.content), manifest.size)
-            with translate_os_errors(path):
-                root = destination.content
-                for folder in manifest.folders:
-                    os.makedirs(os.path.join(root, folder), exist_ok=True)
-                for file in manifest.files:
-                    place = os.path.join(root, file.path) if manifest.is_tree else root
-                    os.makedirs(os.path.dirname(place), exist_ok=True)
-                    # A link to a blob could not be a program.
-                    link = None if file.executable else self.link
-                    blob = cache.blob_path(file.digest)
-                    materialise(blob, place, link, executable=file.executable)
-                for name, target in manifest.links:
-                    os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
-                    os.symlink(target, os.path.join(root, name))
-            return destination.publish()
-
-    def _fetch(self, plan: Plan, dest: str, cached: CachedDownload | None) -> str:
-        """Put what is cached and fetch what is not; verify and publish."""
-        from storage.transfer.destination import Destination
-
-        is_tree = plan.is_tree or self.unpack
-        path = self._final_path(dest, is_tree, plan.files[0].path)
-        meter = Meter("download", plan.uri, plan.size, len(plan.files), self.progress)
-        with Destination(
-            path,
-            tree=is_tree,
-            overwrite=self._overwrite,
-            durable=self.durable,
-            source=self.source.id,
-        ) as destination:
-            archive = destination.scratch(plan.files[0].path) if self.unpack else None
-            place = archive or destination.content
-            targets = {
-                file.path: os.path.join(place, file.path) if plan.is_tree else place
-                for file in plan.files
-            }
-            journal = destination.resume({targets[file.path]: file.info for file in plan.files})
-            here = 0 if journal is None else journal.noted
-            check_space(os.path.dirname(destination.content), max(0, (plan.size or 0) - here))
-            digests: dict[str, Mapping[str, Digest]] = {}
-            for file in plan.files:
-                target = targets[file.path]
-                if cached is None or (journal is not None and journal.has(target)):
-                    continue
-                found = cached.put(file, plan.is_tree, target)
-                if found is not None:
-                    digests[file.path] = found
-                    meter.add_present(file.info.size or 0)
-                    meter.add_object()
-            missing = tuple(file for file in plan.files if file.path not in digests)
-            rest = replace(plan, files=missing)
-            folder, single = (place, None) if plan.is_tree else (None, place)
-            for fetched in self.fetch(rest, folder, single, meter, journal):
-                digests[fetched.path] = fetched.digests
-            if plan.is_tree:
-                self._check_tree(digests)
-            if self._verification is not None:
-                from storage.container.signatures.signed_files import LocalFile
-
-                self._verification.check(
-                    plan.is_tree,
-                    {path: LocalFile(targets[path], known) for path, known in digests.items()},
-                )
-            if archive is not None:
-                self.extract(archive, destination.content)
-                os.unlink(archive)
-            published = destination.publish()
-        meter.finish()
-        return published
-
     # -- what the ways share -----------------------------------------------------------------
 
     @functools.cached_property
@@ -424,11 +341,7 @@ class Download:
         small = plan.size is not None and plan.size < WORTH
         if small and journal is not None and not journal.noted:
             journal = None
-        algorithms = {*options.pop("algorithms", ())}
-        if self.expected is not None:
-            algorithms.add(self.expected.algorithm)
-        if self._verification is not None:
-            algorithms.update(self._verification.algorithms)
+        algorithms = self.algorithms.union(options.pop("algorithms", ()))
         return fetch(
             self.backend,
             plan,
@@ -443,6 +356,42 @@ class Download:
             journal=journal,
             **options,
         )
+
+    @property
+    def algorithms(self) -> set[str]:
+        """The hashes of every file that it takes to tell whether the whole is as demanded."""
+        found = set() if self.expected is None else {self.expected.algorithm}
+        return found if self._verification is None else found.union(self._verification.algorithms)
+
+    @property
+    def demands(self) -> bool:
+        """Whether the caller says what the content has to be, or who has to have signed it."""
+        return bool(self.expected or self._files or self._verification)
+
+    def verify(
+        self,
+        is_tree: bool,
+        paths: Mapping[str, str],
+        digests: Mapping[str, Mapping[str, Digest]],
+    ) -> None:
+        """Refuse files that together are not what is demanded.
+
+        Args:
+            is_tree: whether they are a tree.
+            paths: where each is.
+            digests: those of each that are known.
+
+        Raises:
+            IntegrityError: the tree has another digest.
+            SignatureError: it is not signed, or not as it should be.
+        """
+        if is_tree:
+            self._check_tree(digests)
+        if self._verification is not None:
+            from storage.container.signatures.signed_files import LocalFile
+
+            files = {name: LocalFile(paths[name], known) for name, known in digests.items()}
+            self._verification.check(is_tree, files)
 
     def extract(self, archive: str, folder: str) -> None:
         """Unpack the archive that the source is."""

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from storage.backends.base import ObjectInfo
 
-__all__ = ["Destination"]
+__all__ = ["NOT_OF_TREE", "Destination"]
 
 _CONTENT = "content"
 _LOCK = "lock"
@@ -114,6 +114,18 @@ class Destination:
         assert self._staging is not None, "a destination is used as a context manager"
         return os.path.join(self._staging, f"scratch.{name}")
 
+    def reserved(self, purpose: str) -> str:
+        """Return the path of a staging folder that is always the same, for those who take turns.
+
+        It lives, like any other, as long as the file ``lock`` in it is locked.
+
+        Args:
+            purpose: what tells one such folder from another, a hash in hex.
+        """
+        self._inside = self._must_stage_inside(os.path.dirname(self.path))
+        folder, prefix = self._staging_place()
+        return os.path.join(folder, f"{_staging_prefix(prefix)}.{purpose[:16]}.partial")
+
     def resume(self, wanted: Mapping[str, ObjectInfo]) -> Journal | None:
         """Keep, of what an earlier download left, what some files can go on with.
 
@@ -166,7 +178,7 @@ class Destination:
         with translate_os_errors(self.path), self._alone():
             self._check()
             if self._tree and not self._inside:
-                trees.mark(self.content, _NOT_OURS)
+                trees.mark(self.content, NOT_OF_TREE)
             if self._durable:
                 files.sync_tree(self.content)
             journal, self._journal = self._journal, None
@@ -249,7 +261,7 @@ class Destination:
         """Tell whether the tree is as this library published it."""
         for _ in range(_SWAPS):
             before = os.stat(self.path)
-            if trees.is_marked(self.path, _NOT_OURS):
+            if trees.is_marked(self.path, NOT_OF_TREE):
                 return True
             # Another download may have put its tree there while this one was being looked at.
             if os.path.samestat(before, os.stat(self.path)):
@@ -258,7 +270,7 @@ class Destination:
 
     def _entries(self) -> list[str]:
         """Return the names in the destination that are not of the file system or of ours."""
-        ignored = _NOT_OURS if self._inside else _STAGED_INSIDE
+        ignored = NOT_OF_TREE if self._inside else _STAGED_INSIDE
         return [name for name in os.listdir(self.path) if not ignored.fullmatch(name)]
 
     def _rename_tree(self) -> None:
@@ -313,7 +325,7 @@ class Destination:
             _move(name, os.path.join(staging, _CONTENT), self.path)
         # Else somebody has put something there meanwhile: it is not ours to replace.
         if set(self._entries()) == set(moves["new"]):
-            trees.mark(self.path, _NOT_OURS)
+            trees.mark(self.path, NOT_OF_TREE)
         os.unlink(record)
 
     def _undo_move(self, new: list[str]) -> None:
@@ -427,7 +439,7 @@ def _staging_prefix(prefix: str) -> str:
 
 # Names that are no part of a tree that is staged inside its own folder.
 _STAGED_INSIDE = _staging_pattern(_INSIDE)
-_NOT_OURS = re.compile("|".join((_STAGED_INSIDE.pattern, *map(re.escape, _FIXTURES))))
+NOT_OF_TREE = re.compile("|".join((_STAGED_INSIDE.pattern, *map(re.escape, _FIXTURES))))
 
 
 def _drop(staging: str, lock: BaseFileLock) -> None:
