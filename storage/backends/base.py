@@ -116,6 +116,9 @@ class Capabilities:
     checksums: bool = False
     """The store keeps digests that ``stat`` does not tell; see :meth:`Backend.checksums`."""
 
+    repository: bool = False
+    """All objects have one version, which is asked for by itself: ``backends.repositories``."""
+
     any_key: bool = True
     """Keys may hold empty and dot segments (``a//b``, ``a/../b``) and stay literal.
 

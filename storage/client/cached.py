@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from storage.cache.cache import CacheShortfallError
 from storage.cache.index import Known, ObjectKey
@@ -32,6 +32,7 @@ from storage.transfer.progress import Meter, Progress
 
 if TYPE_CHECKING:
     from storage.backends.base import ObjectInfo
+    from storage.backends.repositories import RepositoryBackend
     from storage.cache.filling import Filling
     from storage.client.download import Download
     from storage.transfer.download import FetchedFile
@@ -175,7 +176,7 @@ class CachedDownload:
         from storage.cache.locks import SourceLock
 
         last = self.last()
-        found = self.fresh(last) or self._unchanged_tree(last)
+        found = self.fresh(last) or self._unchanged_version(last) or self._unchanged_tree(last)
         if found is None:
             plan = self._job.make_plan()
             found = self._unchanged(plan, last)
@@ -203,6 +204,23 @@ class CachedDownload:
                 f"{self._job.location} {shortfall}, {_TRIES} times right after it was fetched; "
                 f"something takes files away from the cache {self._cache.upper.path}"
             ) from shortfall
+
+    def _unchanged_version(self, last: tuple[Ref, Manifest] | None) -> Manifest | None:
+        """Ask for the version of a whole repository, where there is one, and for nothing in it."""
+        from storage.backends.base import ObjectInfo
+        from storage.transfer.plan import Plan, PlannedFile
+
+        job = self._job
+        if last is None or not job.backend.capabilities.repository:
+            return None
+        backend = cast("RepositoryBackend", job.backend)
+        version = job.client.run_retried(backend.current_version, where=str(job.location))
+        manifest = last[1]
+        files = (
+            PlannedFile(file.path, ObjectInfo(file.path, file.size, version=version))
+            for file in manifest.files
+        )
+        return self._unchanged(Plan(str(job.location), manifest.is_tree, tuple(files)), last)
 
     def _unchanged_tree(self, last: tuple[Ref, Manifest] | None) -> Manifest | None:
         """Ask for a tree as a tree, where it was one: one request tells that nothing changed."""

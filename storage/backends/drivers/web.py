@@ -1,0 +1,293 @@
+"""Requests to the service of a repository: one origin gets the credential, and no other.
+
+A service may lead to another host for the bytes. Redirections are followed here, one by one, so
+that each is looked at before anything is sent there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin, urlsplit
+
+from storage.backends.base import OpenOptions
+from storage.backends.drivers.fsspec_errors import THROTTLED, Kind, error, retry_after
+from storage.backends.drivers.requests_errors import translated
+from storage.backends.network import Network, hide_queries, with_timeouts
+from storage.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    InsufficientSpaceError,
+    ModelMissingError,
+    ObjectChangedError,
+    StorageError,
+    TransientError,
+    UnsupportedOperation,
+    one_line,
+)
+
+if TYPE_CHECKING:
+    import requests
+
+    from storage.config.base import NetworkConfig
+
+__all__ = ["WebSession", "origin", "pieces"]
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_REDIRECTS = 5
+_BLOCK = 256 * 1024
+_PLAIN_URL = re.compile(r"(?i)https?://[^\s\\/?#@\x00-\x20\x7f]+(?:[/?#]|$)")
+_STATUS: dict[int, Kind] = {
+    401: AuthenticationError,
+    403: AuthenticationError,
+    404: ModelMissingError,
+    405: UnsupportedOperation,
+    407: AuthenticationError,
+    408: TransientError,
+    410: ModelMissingError,
+    412: ObjectChangedError,
+    416: ObjectChangedError,
+    425: TransientError,
+    429: TransientError,
+    501: UnsupportedOperation,
+    507: InsufficientSpaceError,
+}
+
+
+def origin(url: str) -> tuple[str, str | None, int | None]:
+    """Return scheme, host and port of a URL."""
+    parts = urlsplit(url)
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, parts.hostname, port
+
+
+class WebSession:
+    """Connections for one service with one config. Construction is inert."""
+
+    def __init__(
+        self,
+        config: NetworkConfig | None,
+        options: OpenOptions,
+        *,
+        store: str,
+        address: str,
+        home: Callable[[], str],
+        authorization: Callable[[], str | None],
+    ) -> None:
+        """Describe the service.
+
+        Args:
+            config: proxy, authorities, time-outs.
+            options: limits.
+            store: what is asked, for messages.
+            address: what a user gave that says where it is, for messages.
+            home: gives a URL of the origin that gets the credential.
+            authorization: gives the value of the header ``Authorization``, if there is one.
+        """
+        self._config = config
+        self._connections = options.connections
+        options = with_timeouts(options, config)
+        self._timeout = (options.connect_timeout, options.stall_timeout)
+        self._names = (store, address)
+        self._home = home
+        self._authorization = authorization
+        self._lock = threading.Lock()
+        self._opened: tuple[int, requests.Session] | None = None
+
+    def close(self) -> None:
+        """Free the connections. It may be used again."""
+        with self._lock:
+            opened, self._opened = self._opened, None
+        if opened is not None and opened[0] == os.getpid():
+            opened[1].close()
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        where: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        foreign: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> requests.Response:
+        """Send a request, go where it leads, and return the answer, its body not yet read.
+
+        Args:
+            method: of HTTP.
+            url: complete.
+            where: the URI that an error is about.
+            headers: for every host on the way; no secret.
+            foreign: more for the host of ``url`` alone; they go before the credential.
+            body: what is sent; then nothing is followed but to the same origin.
+
+        Raises:
+            StorageError: there is no answer, or it leads where nothing may be sent.
+        """
+        first = origin(url)
+        for _ in range(_MAX_REDIRECTS + 1):
+            sent = {"User-Agent": "modelstorage", "Accept-Encoding": "identity", **(headers or {})}
+            if origin(url) == first:
+                sent |= foreign or {}
+            given = {name.lower() for name in sent}
+            mine = origin(url) == origin(self._home()) and "authorization" not in given
+            if mine and (text := self._authorization()) is not None:
+                sent["Authorization"] = text
+            response = self._send(method, url, where, sent, body)
+            target = response.headers.get("Location")
+            if response.status_code not in _REDIRECTS or not target:
+                return response
+            response.close()
+            target = urljoin(url, target)
+            self._check(target, where)
+            if body is not None and origin(target) != first:
+                raise StorageError(
+                    f"{where}: {self._names[0]} led a request with content to another host, "
+                    f"{one_line(urlsplit(target).hostname)}; use the address that it leads to"
+                )
+            url = target
+        raise StorageError(
+            f"{where}: more than {_MAX_REDIRECTS} redirections, probably in a circle"
+        )
+
+    def _send(
+        self, method: str, url: str, where: str, headers: Mapping[str, str], body: bytes | None
+    ) -> requests.Response:
+        self._check(url, where)
+        network = Network.of(self._config)
+        if network.bundle is not None and not os.path.exists(network.bundle):
+            raise ConfigurationError(
+                f"the CA bundle {network.bundle} cannot be read: there is no such file"
+            )
+        if network.proxy is not None:
+            proxies = {"http": network.proxy, "https": network.proxy}
+        else:
+            from requests.utils import get_environ_proxies
+
+            proxies = dict(get_environ_proxies(url))
+        with translated(where, *self._names):
+            return self._session().request(
+                method,
+                url,
+                headers=dict(headers),
+                data=body,
+                stream=True,
+                allow_redirects=False,
+                timeout=self._timeout,
+                proxies=proxies,
+                verify=(network.bundle or True) if network.verify else False,
+            )
+
+    def _check(self, url: str, where: str) -> None:
+        """Refuse a URL of which two programs may see different hosts, or that anybody can read."""
+        try:
+            plain = _PLAIN_URL.match(url) is not None and urlsplit(url).port != 0
+        except ValueError:
+            plain = False
+        store, address = self._names
+        if not plain:
+            raise ConfigurationError(
+                f"{where}: the address of {store}, or one that it named, is not a plain URL of "
+                f"http or https; check {address} and the proxy"
+            )
+        if urlsplit(self._home()).scheme == "https" and urlsplit(url).scheme != "https":
+            raise StorageError(
+                f"{where}: {store} led from https to {one_line(url)}, which anybody on the way "
+                "could read and change"
+            )
+
+    def _session(self) -> requests.Session:
+        import http.cookiejar
+        import warnings
+
+        import requests
+        from requests.adapters import HTTPAdapter
+        from urllib3.exceptions import InsecureRequestWarning
+
+        with self._lock:
+            opened = self._opened
+            # Sockets stayed with the parent.
+            if opened is None or opened[0] != os.getpid():
+                hide_queries()
+                session = requests.Session()
+                # It would take a password from ~/.netrc, and mix the environment's proxies and
+                # authorities with those of the config.
+                session.trust_env = False
+                policy = http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
+                session.cookies.set_policy(policy)
+                adapter = HTTPAdapter(pool_maxsize=self._connections, max_retries=0)
+                session.mount("https://", adapter)
+                session.mount("http://", adapter)
+                if not Network.of(self._config).verify:
+                    # Who switched the check off need not be told of it by every request.
+                    warnings.filterwarnings("ignore", category=InsecureRequestWarning)
+                opened = self._opened = (os.getpid(), session)
+            return opened[1]
+
+    def read(self, response: requests.Response, where: str, limit: int) -> bytes:
+        """Return a whole answer, and free its connection.
+
+        Raises:
+            StorageError: it is longer than ``limit`` bytes, or it broke off.
+        """
+        data = bytearray()
+        try:
+            for piece in self.chunks(response, where, None):
+                data += piece
+                if len(data) > limit:
+                    raise StorageError(
+                        f"{where}: the answer of {self._names[0]} is longer than {limit} bytes"
+                    )
+        finally:
+            response.close()
+        return bytes(data)
+
+    def chunks(
+        self, response: requests.Response, where: str, length: int | None
+    ) -> Iterator[bytes]:
+        """Yield the body of an answer, exactly ``length`` bytes of it unless that is ``None``."""
+        arrived = 0
+        with translated(where, *self._names):
+            for piece in response.raw.stream(_BLOCK):
+                arrived += len(piece)
+                if length is not None and arrived > length:
+                    break
+                yield piece
+        if length is not None and arrived != length:
+            more = "more" if arrived > length else f"{arrived}"
+            raise TransientError(f"{where}: {length} bytes were expected and {more} came")
+
+    def error(
+        self, response: requests.Response, where: str, message: str | None = None
+    ) -> StorageError:
+        """Return the error of ours for an error answer, and free its connection.
+
+        Args:
+            response: the answer.
+            where: the URI that the error is about.
+            message: what the service says in words; the answer's reason if none.
+        """
+        response.close()
+        status = response.status_code
+        kind = _STATUS.get(status, TransientError if status >= 500 else StorageError)
+        text = f"{status}: {message or response.reason or ''}".rstrip(": ")
+        if kind is AuthenticationError:
+            sent = "Authorization" in response.request.headers
+            host = one_line(urlsplit(response.url).hostname)
+            did = "refused the credentials" if sent else "wants credentials, and none were sent"
+            return AuthenticationError(
+                f"{where}: {host} {did} ({one_line(text)}); check that they are there, valid, and "
+                "permit this"
+            )
+        wait = retry_after({"retry-after": response.headers.get("Retry-After")})
+        return error(kind, where, text, wait, throttled=status in THROTTLED)
+
+
+def pieces(data: bytes, size: int = _BLOCK) -> Iterator[memoryview]:
+    """Yield bytes in memory as buffers of at most ``size``, copying nothing."""
+    view = memoryview(data)
+    for start in range(0, len(view), size):
+        yield view[start : start + size]
