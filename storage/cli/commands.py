@@ -202,6 +202,12 @@ def _cp(args: Namespace, output: Output) -> None:
     output.result(document | amounts(reporter, began))
 
 
+def _mirror(args: Namespace, output: Output) -> None:
+    from storage.cli.mirror_command import run
+
+    run(args, output)
+
+
 def _rm(args: Namespace, output: Output) -> None:
     with _client() as client:
         client.delete_object(
@@ -322,6 +328,7 @@ _COMMANDS = {
     "ls": _ls,
     "stat": _stat,
     "cp": _cp,
+    "mirror": _mirror,
     "rm": _rm,
     "cat": _cat,
     "spec": _spec,

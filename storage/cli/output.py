@@ -46,8 +46,18 @@ __all__ = [
 _LINE_INTERVAL = 5.0
 # Longer than the library's own limit, so that no advice at the end of a message is cut off.
 _MESSAGE_LIMIT = 2000
-_DOING = {"download": "downloading", "upload": "uploading", "copy": "copying"}
-_DONE = {"download": "downloaded", "upload": "uploaded", "copy": "copied"}
+_DOING = {
+    "download": "downloading",
+    "upload": "uploading",
+    "copy": "copying",
+    "mirror": "mirroring",
+}
+_DONE = {
+    "download": "downloaded",
+    "upload": "uploaded",
+    "copy": "copied",
+    "mirror": "mirrored",
+}
 
 
 class ReaderGoneError(Exception):

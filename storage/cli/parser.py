@@ -138,6 +138,12 @@ def _cp(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _mirror(parser: argparse.ArgumentParser) -> None:
+    from storage.cli.mirror_command import fill
+
+    fill(parser)
+
+
 def _rm(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.add_argument("uri", metavar="URI", type=uri_argument)
@@ -218,6 +224,7 @@ _COMMANDS: CommandTable = {
     "ls": ("list the objects at a URI, with paths relative to it", _ls),
     "stat": ("describe an object or a tree", _stat),
     "cp": ("copy an object or a tree between any two stores", _cp),
+    "mirror": ("copy what another place lacks of a tree, by several processes if asked", _mirror),
     "rm": ("delete an object, or with -r a tree", _rm),
     "cat": ("write the bytes of an object to standard output", _cat),
     "spec": ("show what a URI says, without asking the store", _spec),
