@@ -24,18 +24,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import stat
 import sys
 import threading
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from storage import files
 from storage.backends.base import ByteRange, ObjectInfo
+from storage.cancellation import OperationCancelledError
 from storage.errors import AuthenticationError, ObjectChangedError, TransferError
+from storage.transfer.lines import decode_line, encode_line
 
 __all__ = ["NAME", "STEP", "WORTH", "Journal", "Tracked"]
 
@@ -49,9 +49,14 @@ WORTH = 8 * 1024 * 1024
 """Bytes from which on it is worth while to go on with a download rather than to begin anew."""
 
 _FORMAT = 1
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 # Credentials that expire midway are renewed by somebody, and then the rest can be fetched.
-_WORTH_ANOTHER_TRY = (TransferError, AuthenticationError, KeyboardInterrupt, SystemExit)
+_WORTH_ANOTHER_TRY = (
+    TransferError,
+    AuthenticationError,
+    KeyboardInterrupt,
+    SystemExit,
+    OperationCancelledError,
+)
 
 
 class Journal:
@@ -173,7 +178,7 @@ class Journal:
             if file.number is None:
                 self._append(*file.lines(self._next(), [span]))
             else:
-                self._append(_line({"more": file.number, "range": span}))
+                self._append(encode_line({"more": file.number, "range": span}))
             file.noted += 0 if self._broken else span[1] - span[0]
 
     def drop(self, file: Tracked) -> None:
@@ -182,7 +187,7 @@ class Journal:
             if self._files.get(file.path) is file:
                 del self._files[file.path]
             if file.number is not None:
-                self._append(_line({"drop": file.number}))
+                self._append(encode_line({"drop": file.number}))
                 if self._broken:
                     # What comes to be in the file is not what the journal says.
                     with contextlib.suppress(OSError):
@@ -205,7 +210,7 @@ class Journal:
             self._broken = True
 
     def _header(self) -> bytes:
-        return _line(
+        return encode_line(
             {
                 "journal": _FORMAT,
                 "source": self._source,
@@ -275,8 +280,8 @@ class Tracked:
         self.number = number
         name = self.path[len(self._journal.folder) + 1 :]
         first = {"file": number, "path": name, "content": self.content, "size": self.size}
-        lines = [_line(first | {"range": spans[0]})]
-        return lines + [_line({"more": number, "range": span}) for span in spans[1:]]
+        lines = [encode_line(first | {"range": spans[0]})]
+        return lines + [encode_line({"more": number, "range": span}) for span in spans[1:]]
 
 
 def _content(info: ObjectInfo) -> str:
@@ -285,20 +290,12 @@ def _content(info: ObjectInfo) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    text = _encode(record).encode("ascii")
-    return b"%08x %b\n" % (zlib.crc32(text), text)
-
-
 def _records(path: str) -> Iterator[dict[str, Any]]:
     """Yield the records of a journal up to the first that is not as it was written."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as lines:
         for line in lines:
-            checksum, _, text = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
-                return
-            record = json.loads(text)
-            if not isinstance(record, dict):
+            record = decode_line(line)
+            if record is None:
                 return
             yield record
 

@@ -22,6 +22,7 @@ from storage.errors import (
 )
 from storage.transfer import journal as module
 from storage.transfer.journal import Journal
+from storage.transfer.lines import encode_line
 from tests.cache.processes import as_nobody, open_folder
 from tests.transfer.support import KIB, everything_in
 
@@ -272,7 +273,7 @@ def test_a_journal_speaks_of_nothing_outside_its_folder(folder: Path, path: str)
     note(folder, (0, 500))
     (folder.parent / "a.bin").write_bytes(bytes(1000))
     text = (folder / "journal").read_bytes().splitlines()
-    record = module._line(
+    record = encode_line(
         {"file": 0, "path": path, "content": module._content(INFO), "size": 1000, "range": [0, 9]}
     )
     (folder / "journal").write_bytes(text[0] + b"\n" + record)
@@ -327,8 +328,8 @@ def test_what_follows_a_torn_record_is_not_believed(folder: Path) -> None:
     note(folder, (0, 100))
     with open(folder / "journal", "ab") as file:
         file.write(b'0badc0de {"mo')
-        file.write(module._line({"more": 0, "range": [100, 200]}))
-        file.write(module._line({"more": 0, "range": [200, 300]}))
+        file.write(encode_line({"more": 0, "range": [100, 200]}))
+        file.write(encode_line({"more": 0, "range": [200, 300]}))
     assert found(folder) == [(0, 100)]
 
 
@@ -351,8 +352,8 @@ def test_what_follows_a_torn_record_is_not_believed(folder: Path) -> None:
 def test_a_record_that_makes_no_sense_ends_the_reading(folder: Path, record: object) -> None:
     note(folder, (0, 100))
     with open(folder / "journal", "ab") as file:
-        file.write(module._line(record))  # type: ignore[arg-type]
-        file.write(module._line({"more": 0, "range": [500, 600]}))
+        file.write(encode_line(record))  # type: ignore[arg-type]
+        file.write(encode_line({"more": 0, "range": [500, 600]}))
     assert found(folder) == [(0, 100)]
 
 
