@@ -202,6 +202,11 @@ class Environment:
             "connect_timeout": self._seconds("S3_CONNECT_TIMEOUT"),
             "read_timeout": self._seconds("S3_READ_TIMEOUT"),
         }
+        if "://" not in (fields["endpoint_url"] or "://"):
+            raise ConfigurationError(
+                "the variable AWS_ENDPOINT_URL: a URL such as https://minio.example is needed, "
+                f"and it is {one_line(repr(fields['endpoint_url']), 80)}"
+            )
         if fields["endpoint_url"] is None and (host := self.get("S3_ENDPOINT")) is not None:
             secure = (self.get("S3_USE_HTTPS") or "1").lower() not in ("0", "false")
             scheme = "https" if secure else "http"

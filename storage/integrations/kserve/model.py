@@ -55,7 +55,7 @@ CLAIMS_FOLDER = "/mnt/pvc"
 _FILE = "file://"
 _ARCHIVE = re.compile(r"\.(?:tar(?:\.(?:gz|bz2|xz))?|tgz|taz|tbz2?|txz|zip)$", re.IGNORECASE)
 # Repositories are brought as they are.
-_UNPACKED = ("s3", "gs", "azure", "http", "hdfs", "webhdfs", "pvc")
+_UNPACKED = ("s3", "gs", "azure", "http", "hdfs", "webhdfs")
 # Of the root of a volume, or of a mounted config map; no part of a model.
 _NOT_MODEL = re.compile(r"lost\+found|\.\..*")
 
@@ -120,6 +120,10 @@ def bring(wish: Wish, environment: Environment) -> str:
             configs = iter((None,))  # the settings name the store, and they go first
         else:
             configs = environment.configs(location, authorities)
+        if location.scheme == "pvc":
+            # Checked before it is linked to: no link in the claim leads out of it.
+            options = DownloadOptions(config=next(configs))
+            return _link(wish, Download(client, location, options).run(None))
         return _Source(wish, location, client, configs).bring()
 
 
@@ -274,14 +278,14 @@ class _Source:
                 return None
             try:
                 return self._plan_with(config)
-            except UnreachableError as exc:
+            except StorageError as exc:
                 if refusal is not None:
-                    raise refusal from exc
-                if offline != "auto":
+                    break  # what was tried without being asked for is nobody's failure
+                if offline == "auto" and isinstance(exc, UnreachableError):
+                    return None
+                if not isinstance(exc, (AuthenticationError, ModelMissingError)):
                     raise
-                return None
-            except (AuthenticationError, ModelMissingError) as exc:
-                refusal = refusal or exc
+                refusal = exc
         assert refusal is not None
         raise refusal
 
