@@ -210,9 +210,7 @@ def _ask(helper: str, server: str, path: str) -> Login | None:
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise ConfigurationError(f"{program} of {path} cannot be used: {one_line(exc)}") from None
     if done.returncode:
-        said = one_line(
-            done.stdout.decode(errors="replace") or done.stderr.decode(errors="replace")
-        )
+        said = one_line((done.stdout or done.stderr).decode(errors="replace"))
         if "not found" in said.lower():
             return None
         raise AuthenticationError(f"{program} gave no login to {server}: {said or 'no reason'}")

@@ -7,6 +7,7 @@ of ORAS.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform as machine
@@ -184,10 +185,8 @@ def parse_json(data: bytes, where: str) -> Mapping[str, Any]:
         StorageError: there is none.
     """
     table = None
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         table = json.loads(data)
-    except (ValueError, RecursionError):
-        pass
     if not isinstance(table, dict):
         raise StorageError(f"{where}: what the registry gave for a manifest or config is none")
     return table

@@ -1,8 +1,8 @@
 """Requests to one registry for one repository: whom to ask, as whom, through what.
 
 ``oras`` brings the connections (a session that keeps no cookies) and knows the addresses of the
-API. Its own way of sending is not used: it gives passwords to whatever host a challenge names, keeps
-whole blobs in memory, and repeats what fails, which is done here once for all stores.
+API. Its own way of sending is not used: it gives passwords to whatever host a challenge names,
+keeps whole blobs in memory, and repeats what fails, which is done here once for all stores.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class RegistrySession:
             url = self._following(url, response, where)
         else:
             raise StorageError(
-                f"{where}: the registry redirects more than {_MAX_REDIRECTS} times; check its address"
+                f"{where}: the registry redirects more than {_MAX_REDIRECTS} times; check its "
+                "address"
             )
         if response.status_code >= 300:
             raise error_of(response, where, who=self._who(), own=own)
@@ -317,7 +318,7 @@ def _token_in(response: requests.Response, where: str) -> str:
 
 
 def _is_here(registry: str) -> bool:
-    """Tell whether a registry is on this machine; such are spoken to without TLS, as Docker does."""
+    """Tell whether a registry is on this machine. Docker speaks to such ones without TLS, too."""
     host = urlsplit(f"//{registry}").hostname or ""
     if host == "localhost":
         return True
