@@ -76,6 +76,14 @@ SCALEOUT = Release("scaleoututil==1.1.0", needs=_FOR_SCALEOUT)
 SCALEOUT_BEFORE = Release("scaleoututil==1.0.7", needs=_FOR_SCALEOUT)
 """The one before; it writes ``version``. Python 3.11 still gets this one from pip."""
 
+# What the client of scaleout imports beside that; it pins a click that it needs for its command.
+FOR_SCALEOUT_CLIENT = (
+    *_FOR_SCALEOUT,
+    *("click>=8.1", "filelock>=4.0.9", "psutil", "pyjwt>=2.10", "pyyaml>=6", "requests>=2.31"),
+    "urllib3>=2.6",
+)
+"""For an environment with ``scaleout`` 1.1.0 and ``scaleoututil`` 1.1.0, both without their pins."""
+
 ARKINDEX = Release("arkindex-base-worker==0.6.0")
 """The newest; its ``create_archive`` gives three values."""
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from tests.servers.process import GRPC_OFFSET, HOST, find_program, free_ports
+from tests.servers.process import (
+    GRPC_OFFSET,
+    HOST,
+    STOP_TIMEOUT,
+    find_program,
+    free_ports,
+)
 from tests.servers.s3 import Keys, S3Server
 
 READABLE_BUCKET = "onebucket"
@@ -49,6 +56,7 @@ class SeaweedFS(S3Server):
         self._options = options
         self._sockets: list[Path] = []
         self._filer = 0
+        self._command: Sequence[str] = ()
 
     def command(self) -> Sequence[str]:
         """Write the identities and return the command line."""
@@ -69,7 +77,7 @@ class SeaweedFS(S3Server):
         data.mkdir()
         identities = self.folder / "s3.json"
         identities.write_text(json.dumps({"identities": self._identities()}), encoding="utf-8")
-        return [
+        self._command = [
             find_program("weed"),
             f"-logdir={self.folder}",
             "mini",
@@ -95,6 +103,7 @@ class SeaweedFS(S3Server):
             "-volume.preStopSeconds=0",
             *self._options,
         ]
+        return self._command
 
     def _identities(self) -> list[dict[str, object]]:
         def identity(name: str, keys: Keys, *actions: str) -> dict[str, object]:
@@ -134,10 +143,35 @@ class SeaweedFS(S3Server):
                 deletion = Request(f"{filer}{path}?recursive=true", method="DELETE")
                 urlopen(deletion, timeout=30).close()
 
+    def halt(self) -> None:
+        """End the process, so that nobody answers; what it holds stays for :meth:`resume`."""
+        assert self._process is not None, f"{self.name} is not running"
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(STOP_TIMEOUT)
+        self._process = None
+        self._remove_sockets()
+
+    def resume(self) -> None:
+        """Start again after :meth:`halt`, on the same ports and with the same data.
+
+        Raises:
+            ServerError: it does not answer in time.
+        """
+        assert self._process is None, f"{self.name} is running"
+        self._launch(self._command)
+        self._wait_until_ready()
+
     def stop(self) -> None:
         """Stop the server and remove the sockets that it leaves behind when killed."""
         super().stop()
+        self._remove_sockets()
+        self._sockets = []
+
+    def _remove_sockets(self) -> None:
         for socket in self._sockets:
             with contextlib.suppress(OSError):
                 socket.unlink()
-        self._sockets = []

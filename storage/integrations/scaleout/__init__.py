@@ -1,8 +1,9 @@
 """Clients of Scaleout Edge that work with a store alone, and who gives them tasks.
 
-:class:`StorageRuntime` is the runtime of an ``EdgeClient``; :class:`TaskBoard` submits tasks, waits
-for them and shows what became of them; :class:`Reports` reads the metrics, attributes and telemetry
-that clients reported. Only the first needs the package ``scaleout``, and imports it when it is used.
+:class:`StorageRuntime` is the runtime of an ``EdgeClient``; :class:`TaskBoard` submits tasks,
+waits for them and shows what became of them; :class:`Reports` reads the metrics, attributes and
+telemetry that clients reported. Only the first needs the package ``scaleout``, and imports it when
+it is used.
 """
 
 from __future__ import annotations

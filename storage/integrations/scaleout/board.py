@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from storage.client.arguments import writable
-from storage.errors import IntegrityError, InvalidInput, ModelMissingError
+from storage.errors import IntegrityError, ModelMissingError
 from storage.integrations.scaleout import layout
 from storage.integrations.scaleout.binding import mark
 from storage.integrations.scaleout.documents import (
@@ -176,9 +176,7 @@ class TaskBoard:
         """
         if clients is None:
             clients = [status.id for status in self.clients() if not status.is_stopped]
-        return [
-            self.submit(kind, model_id, params, client=client, **options) for client in clients
-        ]
+        return [self.submit(kind, model_id, params, client=client, **options) for client in clients]
 
     def abort(self, task: TaskHandle) -> None:
         """Stop a task. One that nobody has begun ends at once; one that has ended stays as it is.
@@ -344,7 +342,9 @@ class TaskBoard:
         # found it just before takes a second look for the request when he has claimed it.
         self._store.delete(entry.request for entry in ended)
         names = [
-            name for entry in ended for number in range(1, entry.claim + 1)
+            name
+            for entry in ended
+            for number in range(1, entry.claim + 1)
             if (name := entry.claimed(number))
         ]
         self._store.delete([*names, *(entry.abort for entry in ended)])

@@ -1,13 +1,12 @@
 """What a client does for each kind of task, with the callbacks of its ``EdgeClient``.
 
-Callbacks are called as scaleout's own runtime calls them. What it only logs is told here: a callback
-that is missing or raises makes the task fail, whatever its kind.
+Callbacks are called as scaleout's own runtime calls them. What it only logs is told here: a
+callback that is missing or raises makes the task fail, whatever its kind.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -17,8 +16,11 @@ from typing import Any
 from storage.errors import InvalidInput, ModelMissingError
 from storage.integrations.scaleout.classes import Classes
 from storage.integrations.scaleout.documents import CUSTOM, KINDS
+from storage.integrations.scaleout.records import plain
 
-__all__ = ["Done", "Handlers", "plain"]
+__all__ = ["Done", "Handlers", "answer"]
+
+_ANSWER = "result of a task"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Handlers:
                     f"returned {examples!r}"
                 )
             update = str(uuid.uuid4())
-            told = dict(plain(meta))
+            told = dict(plain(meta, _ANSWER))
             told["processing_time"] = time.monotonic() - begun
             told["fetch_model"] = fetched
             told["config"] = request.data
@@ -124,7 +126,7 @@ class Handlers:
             metrics = callback(model)
             if metrics is None:
                 return Done({})
-            told = plain(metrics)
+            told = plain(metrics, _ANSWER)
             self._send_validation(request, told)
             self._tell(
                 f"validation of model {request.model_id} is done", "MODEL_VALIDATION", "AUDIT"
@@ -146,7 +148,7 @@ class Handlers:
             parameters = _data(request).get("parameters", {})
             found = self._client.run_inference(model=model_id, params=parameters)
         try:
-            return Done({"result": plain(found)})
+            return Done({"result": plain(found, _ANSWER)})
         except InvalidInput:
             # scaleout's own runtime sends nothing back at all; reports are for the rest.
             return Done({"result": None, "note": f"no JSON: a {type(found).__name__}"})
@@ -157,8 +159,7 @@ class Handlers:
             raise self._classes.UnknownTaskType(f"unknown type of task: {request.type}")
         with self._logging(request):
             found = callback(_data(request).get("parameters", {}))
-        answer = plain(found)
-        return Done(answer if isinstance(answer, dict) else {"result": answer})
+        return answer(found)
 
     # -- what they share ---------------------------------------------------------------------
 
@@ -192,27 +193,11 @@ def _data(request: Any) -> Any:
     return json.loads(request.data) if request.data else {}
 
 
-def plain(value: Any) -> Any:
-    """Return ``value`` as JSON has it, with numbers that are none (NaN, infinity) as text.
+def answer(found: Any) -> Done:
+    """Return what a callback returned as what came of its task.
 
     Raises:
-        InvalidInput: it holds something else.
+        InvalidInput: it is no JSON.
     """
-    if value is None or isinstance(value, (str, bool)):
-        return str(value) if isinstance(value, str) else value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    # A scalar of numpy or of a framework knows the number that it is.
-    item = getattr(value, "item", None)
-    if callable(item) and not getattr(value, "shape", ()):
-        return plain(item())
-    raise InvalidInput(
-        f"a {type(value).__name__} is no JSON: expected text, numbers, booleans, None, and lists "
-        "and dicts of them"
-    )
+    told = plain(found, _ANSWER)
+    return Done(told if isinstance(told, dict) else {"result": told})

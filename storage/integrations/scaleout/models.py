@@ -66,7 +66,9 @@ class ModelStore:
         self._others = (others,) if isinstance(others, str) else tuple(others)
         for uri in self._others:
             if _ID not in uri:
-                raise InvalidInput(f"the URI of models has no {_ID} in it; write it where the id is")
+                raise InvalidInput(
+                    f"the URI of models has no {_ID} in it; write it where the id is"
+                )
         self._freshness = freshness
         self._offline: Offline = "auto" if offline is None else offline
         self._folder = folder

@@ -261,10 +261,8 @@ class Delivery:
                 self._idle.set()
                 wait = min(max(_SHORTEST_WAIT, 2 * wait), _LONGEST_WAIT)
                 _log.warning("results stay here for %.0f s more: %s", wait, one_line(exc))
-            except Exception:
-                # The thread must go on: what it does not deliver, nobody does.
+            except Exception:  # noqa: BLE001 -- a thread that ends does nothing any more
                 self._idle.set()
                 wait = _LONGEST_WAIT
                 _log.exception("results stay here")
             self._wake.wait(wait or None)
-

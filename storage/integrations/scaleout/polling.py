@@ -83,8 +83,7 @@ class Polling:
                 self._look()
             except StorageError as exc:
                 self._failed(one_line(exc))
-            except Exception:
-                # The loop must go on, or a client looks alive and does nothing.
+            except Exception:  # noqa: BLE001 -- a thread that ends does nothing any more
                 _log.exception("a look at the board failed")
                 self._failed("see above")
             else:
@@ -125,6 +124,8 @@ class Polling:
 
     def _wait(self) -> float:
         """Return the seconds from one look to the next."""
-        wait = min(self._interval * 2.0 ** min(self._failures, 10), max(_LONGEST_WAIT, self._interval))
+        wait = min(
+            self._interval * 2.0 ** min(self._failures, 10), max(_LONGEST_WAIT, self._interval)
+        )
         # Clients that lost the store at the same moment should not come back at the same moment.
         return wait if not self._failures else wait * random.uniform(0.5, 1.0)

@@ -1,8 +1,8 @@
 """The priority classes that a client may name in its reports.
 
 A record keeps the name of its class. All are delivered in the order in which they were made, and
-none is ever dropped: of a class, ``order``, ``capacity`` and ``decay`` are kept for whoever asks, and
-its ``priority`` decides whether its records wait for others to go with them.
+none is ever dropped: of a class, ``order``, ``capacity`` and ``decay`` are kept for whoever asks,
+and its ``priority`` decides whether its records wait for others to go with them.
 """
 
 from __future__ import annotations

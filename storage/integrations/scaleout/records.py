@@ -35,6 +35,7 @@ __all__ = [
     "inference",
     "metric",
     "numeric",
+    "plain",
     "report",
     "status",
     "telemetry",
@@ -172,8 +173,8 @@ def report(
     Raises:
         InvalidInput: something in it is nothing that JSON knows.
     """
-    plain = _plain(payload, kind)
-    if not isinstance(plain, dict):
+    copy = plain(payload, kind)
+    if not isinstance(copy, dict):
         raise InvalidInput(f"a {kind} has a dict as its payload, not a {type(payload).__name__}")
     texts = (key, model_id, round_id, session_id, task_id, priority)
     names = (None if text is None else _text(str(text), kind) for text in texts)
@@ -181,7 +182,7 @@ def report(
         step = _step(step, kind)
     return Report(
         _text(str(kind), "kind"),
-        plain,
+        copy,
         documents.now(),
         round(clocks.monotonic(), 3),
         **dict(zip(_TEXTS, names, strict=True)),
@@ -274,8 +275,16 @@ def numeric(value: object) -> float | None:
     return float(value) if is_number else None  # type: ignore[arg-type]
 
 
-def _plain(value: Any, what: str) -> Any:
-    """Return a copy of ``value`` of which nothing but JSON's values is part."""
+def plain(value: Any, what: str) -> Any:
+    """Return a copy of ``value`` of which nothing but JSON's values is part.
+
+    Args:
+        value: what was said; scalars and arrays of numpy are the numbers that they hold.
+        what: what it is called in a message.
+
+    Raises:
+        InvalidInput: something in it is nothing that JSON knows.
+    """
     try:
         return _copy(value, what)
     except RecursionError as exc:

@@ -118,7 +118,10 @@ class StorageRuntime:
         Raises:
             InvalidInput: an argument is unusable.
         """
-        for name, value in (("concurrency", concurrency), ("heartbeat_interval", heartbeat_interval)):
+        for name, value in (
+            ("concurrency", concurrency),
+            ("heartbeat_interval", heartbeat_interval),
+        ):
             if value <= 0:
                 raise InvalidInput(f"{name} is {value}; expected more than 0")
         if poll_interval is not None and poll_interval <= 0:
@@ -265,7 +268,9 @@ class StorageRuntime:
             _log.warning("the client begins without its store: %s", one_line(exc))
         except StorageError as exc:
             return answer.UnknownError, one_line(exc)
-        return answer.Assigned, self._classes.GrpcConnectionOptions(host=str(self._location), port=0)
+        return answer.Assigned, self._classes.GrpcConnectionOptions(
+            host=str(self._location), port=0
+        )
 
     def init_grpchandler(
         self,
@@ -314,7 +319,7 @@ class StorageRuntime:
     # -- models ------------------------------------------------------------------------------
 
     def get_model_from_combiner(self, model_id: str) -> Any:
-        """Return a model as a ``ScaleoutModel``, from the cache or its store; ``None`` if none has it.
+        """Return a model as a ``ScaleoutModel``, from the cache or its store; else ``None``.
 
         A store that cannot be reached is waited for; a task that is stopped meanwhile ends.
 
@@ -379,7 +384,7 @@ class StorageRuntime:
         )
 
     def send_attributes(self, attributes: Mapping[str, Any], priority: str | None = None) -> bool:
-        """Keep attributes, a record each, until the store has them; return whether they are kept."""
+        """Keep attributes until the store has them; return whether they are kept."""
         kept = [
             self._report(
                 lambda task, key=key, value=value: records.attribute(  # type: ignore[misc]
@@ -415,7 +420,9 @@ class StorageRuntime:
                 DeprecationWarning,
                 stacklevel=2,
             )
-            observed += [(name, {"value": value, **(payload or {})}) for name, value in telemetry.items()]
+            observed += [
+                (name, {"value": value, **(payload or {})}) for name, value in telemetry.items()
+            ]
         if key is not None:
             observed.append((key, payload or {}))
         kept = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from storage.integrations.scaleout.documents import (
     Request,
     Result,
 )
-from storage.integrations.scaleout.handlers import Done, Handlers
+from storage.integrations.scaleout.handlers import Done, Handlers, answer
 from storage.integrations.scaleout.layout import TaskEntry
 from storage.integrations.scaleout.outbox import Outbox, Outcome
 from storage.integrations.scaleout.presence import Presence
@@ -267,13 +268,7 @@ class TaskRunner:
         running.is_known = False
         running.task.command_type = type_
 
-        def run() -> Done:
-            from storage.integrations.scaleout.handlers import plain
-
-            answer = plain(callback())
-            return Done(answer if isinstance(answer, dict) else {"result": answer})
-
-        self._start(running, run)
+        self._start(running, lambda: answer(callback()))
         return running.task
 
     def _tell_of_own(self) -> None:
@@ -287,8 +282,6 @@ class TaskRunner:
             each.task.acked_by_server = True
 
     def _message(self, entry: TaskEntry, request: Request) -> Any:
-        import json
-
         return self._classes.messages.TaskRequest(
             model_id=request.model_id,
             data=json.dumps(dict(request.data)),

@@ -19,9 +19,7 @@ _log = logging.getLogger(__name__)
 _FIELD = "token"
 
 
-def with_token(
-    client: StorageClient, location: Location, config: Any, token: str | None
-) -> Any:
+def with_token(client: StorageClient, location: Location, config: Any, token: str | None) -> Any:
     """Return the config for a store that is asked with ``token``.
 
     Args:
