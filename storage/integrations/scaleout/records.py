@@ -36,6 +36,7 @@ __all__ = [
     "metric",
     "numeric",
     "plain",
+    "plain",
     "report",
     "status",
     "telemetry",
