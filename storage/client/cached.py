@@ -176,7 +176,7 @@ class CachedDownload:
         from storage.cache.locks import SourceLock
 
         last = self.last()
-        found = self.fresh(last) or self._unchanged_version(last) or self._unchanged_tree(last)
+        found = self.fresh(last) or self.unchanged_version(last) or self._unchanged_tree(last)
         if found is None:
             plan = self._job.make_plan()
             found = self._unchanged(plan, last)
@@ -205,7 +205,7 @@ class CachedDownload:
                 f"something takes files away from the cache {self._cache.upper.path}"
             ) from shortfall
 
-    def _unchanged_version(self, last: tuple[Ref, Manifest] | None) -> Manifest | None:
+    def unchanged_version(self, last: tuple[Ref, Manifest] | None) -> Manifest | None:
         """Ask for the version of a whole repository, where there is one, and for nothing in it."""
         from storage.backends.base import ObjectInfo
         from storage.transfer.plan import Plan, PlannedFile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from storage.errors import (
     UnreachableError,
 )
 from storage.files import translate_os_errors
+from storage.lazy import lazy_property
 from storage.transfer import events
 from storage.transfer.plan import Patterns, Plan, PlannedFile, make_plan, resolve
 from storage.transfer.progress import Meter, ProgressCallback
@@ -226,7 +226,8 @@ class Download:
         if dest is None or self._fill:
             return self._through_cache(dest)
         with self._cached() as cached:
-            manifest = cached.fresh(cached.last())
+            last = cached.last()
+            manifest = cached.fresh(last) or cached.unchanged_version(last)
             # An archive is verified as such, and is not there any more.
             if manifest is not None and not (self.unpack and self._verification is not None):
                 self._verify_cached(cached, manifest)
@@ -315,7 +316,7 @@ class Download:
 
     # -- what the ways share -----------------------------------------------------------------
 
-    @functools.cached_property
+    @lazy_property
     def source(self) -> Source:
         """What tells this download from those of other sources, or of other parts of this one."""
         from storage.client.sourcing import source_of

@@ -18,6 +18,7 @@ import pytest
 
 from tests.servers.azurite import Azurite
 from tests.servers.gcs import FakeGCS, GCSShim, OpenSeaweedFS
+from tests.servers.git_http import GitHTTP
 from tests.servers.hub import Hub
 from tests.servers.moto import Moto
 from tests.servers.mounts import small_disk
@@ -26,6 +27,7 @@ from tests.servers.odd_http import OddHTTP
 from tests.servers.process import Server, ServerError
 from tests.servers.proxy import CountingProxy
 from tests.servers.rclone import RcloneS3
+from tests.servers.registry import Registry
 from tests.servers.seaweedfs import PUBLIC_BUCKET, READABLE_BUCKET, SeaweedFS
 
 S = TypeVar("S", bound=Server)
@@ -110,6 +112,18 @@ def gcs_bucket(gcs_server: FakeGCS) -> Iterator[str]:
 def nginx_http() -> Iterator[NginxHTTP]:
     """Nginx before a folder: GET, PUT and DELETE, over HTTP and TLS, with odd corners."""
     yield from _running(NginxHTTP())
+
+
+@pytest.fixture(scope="session")
+def oci_registry() -> Iterator[Registry]:
+    """Debian's docker-registry; everybody may push and pull."""
+    yield from _running(Registry())
+
+
+@pytest.fixture(scope="session")
+def oci_private_registry() -> Iterator[Registry]:
+    """The same, for one user with a password."""
+    yield from _running(Registry(password=True))
 
 
 @pytest.fixture(scope="session")
@@ -211,6 +225,13 @@ def _disable_xet(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("HF_HUB_DISABLE_XET", "1")
     for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS"):
         patch.setattr(constants, name, True, raising=False)
+
+
+@pytest.fixture
+def git_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GitHTTP]:
+    """Git over HTTP, without a repository yet."""
+    with GitHTTP(tmp_path_factory.mktemp("git-http")) as server:
+        yield server
 
 
 @pytest.fixture
