@@ -270,21 +270,23 @@ class _Mirror:
     def _want_more(self) -> bool:
         return self._gone is None and len(self._failures) < _MOST_FAILURES
 
-    def _submit(self, crew: Crew, batch: Batch) -> None:
+    def _submit(self, crew: Crew, batch: Batch) -> bool:
         try:
             crew.submit(batch)
         except GoneError as exc:
             # What is under way may still bring its results.
             self._gone = exc
+        return self._gone is None
 
     def _try_again(self, crew: Crew, batch: Batch, error: BaseException) -> None:
         """Give a batch to another worker; its own has died, or something like it."""
+        if not self._want_more():
+            return
         tried = crew.tried(batch)
-        if tried < TRIES and self._want_more():
-            self._resubmitted += 1
+        if tried < TRIES:
             again = batch.again(self._next_name())
             crew.replace(batch, again)
-            self._submit(crew, again)
+            self._resubmitted += self._submit(crew, again)
             return
         reason = one_line(
             f"its batch brought no result, {tried} times; the last time {type(error).__name__}: "
