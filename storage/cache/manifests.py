@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from storage.cache.index import kept
@@ -20,6 +19,7 @@ from storage.cache.records import DamagedRecordError, force_name, read_record, w
 from storage.digest import Digest, tree_digest
 from storage.errors import InvalidInput
 from storage.files import sync
+from storage.lazy import lazy_property
 
 __all__ = ["Manifest", "ManifestFile", "Manifests"]
 
@@ -71,7 +71,7 @@ class Manifest:
     folders: tuple[str, ...] = ()
     """Folders that hold nothing."""
 
-    @cached_property
+    @lazy_property
     def id(self) -> str:
         """Hash of the content: paths, sizes, addresses and kinds of all entries."""
         lines = [f"{'tree' if self.is_tree else 'file'}"]

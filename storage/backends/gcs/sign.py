@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,6 +15,7 @@ from storage.errors import (
     UnsupportedOperation,
     one_line,
 )
+from storage.lazy import lazy_property
 
 __all__ = ["Signer"]
 
@@ -41,7 +41,7 @@ class Signer:
         self._endpoint = endpoint
         self._key = key
 
-    @functools.cached_property
+    @lazy_property
     def _signing_key(self) -> str | None:
         """The text of a key that can sign, if it is one."""
         try:
