@@ -103,20 +103,20 @@ class Handlers:
             trained, meta = callback(model, settings)
             if trained is None:
                 raise InvalidInput("the train callback returned no model")
-            examples = meta.get("training_metadata", {}).get("num_examples", 0)
+            told = answer(meta).response
+            examples = told.get("training_metadata", {}).get("num_examples", 0)
             if not isinstance(examples, (int, float)) or examples <= 0:
                 raise InvalidInput(
                     "the train callback has to return num_examples > 0 in training_metadata, and "
                     f"returned {examples!r}"
                 )
             update = str(uuid.uuid4())
-            told = dict(plain(meta, _ANSWER))
-            told["processing_time"] = time.monotonic() - begun
-            told["fetch_model"] = fetched
-            told["config"] = request.data
+            times = {"processing_time": time.monotonic() - begun, "fetch_model": fetched}
             out = trained.to_builder().set_model_id(update).build()
             self._tell(f"training of model {request.model_id} is done", "MODEL_UPDATE", "AUDIT")
-            return Done({"model_update_id": update, "meta": told}, out)
+            return Done(
+                {"model_update_id": update, "meta": {**told, **times, "config": request.data}}, out
+            )
 
     def _validate(self, request: Any) -> Done:
         with self._logging(request):

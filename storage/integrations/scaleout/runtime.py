@@ -446,13 +446,12 @@ class StorageRuntime:
     ) -> bool:
         """Keep what an inference found until the store has it; return whether it is kept."""
         return self._report(
-            lambda task: records.inference(
+            lambda _: records.inference(
                 key,
                 payload,
                 inference_id=inference_id,
                 model_id=model_id,
                 priority=priority,
-                task_id=task,
             ),
             priority,
         )

@@ -35,7 +35,7 @@ class Client:
         self.edge.set_stage_model_callback(lambda model: self.note("staged", model.model_id))
         self.edge.set_inference_callback(self.infer)
         self.edge.set_custom_callback("calibrate", self.calibrate)
-        self.thread = threading.Thread(target=self.run)
+        self.thread = threading.Thread(target=self.run, daemon=True)
 
     def run(self):
         """Run the client's loop, and keep why it ended."""

@@ -64,6 +64,7 @@ class Fleet:
     """Where clients keep what they have, and write down what they do."""
 
     environment: Mapping[str, str]
+    endpoint: str
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -153,7 +154,7 @@ def fleet_on(server: SeaweedFS, bucket: str, folder: Path) -> Iterator[Fleet]:
     settings.write_text(f"[stores.s3]\n{text}")
     environment = {"STORAGE_SETTINGS_FILE": str(settings)}
     with StorageClient(s3_config(server, "obstore")) as client:
-        fleet = Fleet(uri, TaskBoard(uri, client=client), folder, environment)
+        fleet = Fleet(uri, TaskBoard(uri, client=client), folder, environment, server.endpoint)
         try:
             yield fleet
         finally:

@@ -32,7 +32,7 @@ def test_a_client_stages_infers_trains_and_validates(fleet: Fleet) -> None:
     assert board.wait(validated, 60).response == {"metrics": {"mean": 2.5, "worst": "NaN"}}
     assert client("stop", client_id="edge-1") is None
 
-    found = list(board.reports.records(client="edge-1"))
+    found = [each.report for each in board.reports.records(client="edge-1")]
     metrics = [each for each in found if each.kind == "metric"]
     assert [(each.step, each.payload, each.task_id) for each in metrics] == [
         (step, {"loss": 1.0 / (step + 1)}, trained.id) for step in range(3)
@@ -47,3 +47,118 @@ def test_a_client_stages_infers_trains_and_validates(fleet: Fleet) -> None:
     assert {each.kind for each in found} >= {"status"}
     summary = board.reports.check()
     assert (summary.duplicates, summary.gaps, summary.damaged) == (0, 0, 0)
+
+
+def test_what_a_client_cannot_do_is_said(fleet: Fleet) -> None:
+    board, seed = fleet.board, fleet.seed("seed")
+    fleet.start("edge-1")
+    tasks = {
+        "no such weather": board.submit("train", seed, {"fail": "no such weather"}, client="edge-1"),
+        "there is no model missing": board.submit("validate", "missing", client="edge-1"),
+        "missing not found": board.submit("stage", "missing", client="edge-1"),
+        "unknown type of task: Custom_dance": board.submit("custom", name="dance", client="edge-1"),
+    }
+    results = board.wait_for(list(tasks.values()), 60)
+    for reason, result in zip(tasks, results, strict=True):
+        assert result.status == "FAILED"
+        assert reason in result.response["error"]
+    # It goes on.
+    told = board.submit("custom", None, {"level": 3}, name="calibrate", client="edge-1")
+    assert board.wait(told, 60).response == {"by": "edge-1", "level": 3}
+
+
+def test_a_client_connects_and_is_seen(fleet: Fleet) -> None:
+    peer = fleet.process()
+
+    def begin(client: str, uri: str | None, **connect: object) -> list[str]:
+        return peer(  # type: ignore[no-any-return]
+            "start",
+            client_id=client,
+            uri=uri,
+            folder=fleet.folder / "state",
+            log=fleet.log,
+            options={"poll_interval": 0.2, "heartbeat_interval": 0.2},
+            connect=connect,
+        )
+
+    told = {"client_id": "edge-2", "name": "by the door", "package": "local"}
+    assert begin("edge-2", None, url=fleet.uri, json=told) == ["Assigned", "by the door"]
+    (status,) = until(fleet.board.clients, "the client is seen")
+    assert (status.id, status.name, status.is_stopped) == ("edge-2", "by the door", False)
+    assert peer("ask", client_id="edge-2", attribute="get_access_token") is None
+    until(
+        lambda: peer("ask", client_id="edge-2", attribute="link_quality") == "HEALTHY",
+        "the link is good",
+    )
+    assert peer("stop", client_id="edge-2") is None
+    (status,) = fleet.board.clients()
+    assert status.is_stopped
+
+    result, reason = begin("edge 3", None, url=fleet.uri, json={"client_id": "edge 3"})
+    assert (result, "cannot be the id of a client" in reason) == ("UnMatchedConfig", True)
+    result, _ = begin("edge-3", None, url="s3://no-such-bucket/fleet", json={})
+    assert result == "IncorrectUrl"
+    result, reason = begin("edge-3", None, url="https://127.0.0.1:9/api", json={})
+    assert result == "UnMatchedConfig"
+    wrong = {"access_key_id": "AKIDEXAMPLE", "secret_access_key": "wrong"}
+    endpoint = {"endpoint_url": fleet.endpoint}
+    result, reason = peer(
+        "start",
+        client_id="edge-3",
+        uri=fleet.uri,
+        folder=fleet.folder / "state",
+        log=fleet.log,
+        options={"config": {**wrong, **endpoint}},
+        connect={"url": "", "json": {}},
+    )
+    assert result == "UnAuthorized"
+    assert "wrong" not in reason
+
+
+def test_two_processes_are_not_one_client(fleet: Fleet) -> None:
+    fleet.start("edge-1")
+    other = fleet.process()
+    answer = other(
+        "start",
+        client_id="edge-1",
+        uri=fleet.uri,
+        folder=fleet.folder / "state",
+        log=fleet.log,
+        connect={"url": "", "json": {"client_id": "edge-1"}},
+    )
+    assert answer == ["Assigned", "no handler"]
+
+
+def test_priority_classes_are_kept_and_alerts_do_not_wait(fleet: Fleet) -> None:
+    peer = fleet.start("edge-1")
+    names, refused, kept, is_left = peer("priorities", client_id="edge-1")
+    assert names["own"] == 95
+    assert names.keys() >= {"alert", "model_update", "telemetry", "inference", "artifact", "backlog"}
+    assert refused == ["ValueError", "KeyError", "KeyError"]
+    assert kept
+    assert not is_left
+    (found,) = until(lambda: list(fleet.board.reports.records()), "the alert is delivered")
+    assert (found.report.key, found.report.priority) == ("urgent", "own")
+
+
+def test_reports_outside_of_tasks_have_the_context_that_they_are_given(fleet: Fleet) -> None:
+    peer = fleet.start("edge-1")
+    answer = peer(
+        "log",
+        client_id="edge-1",
+        metrics=[{"loss": 0.5, "acc": 1}, {"loss": 0.25}],
+        attributes={"site": "north", "gps": {"lat": 1.5}},
+        telemetry=["cpu", {"value": 0.9}],
+        step=4,
+    )
+    assert answer == [True, 6]
+    peer("stop", client_id="edge-1")
+    found = [each.report for each in fleet.board.reports.records()]
+    assert [(each.kind, each.key, each.step, dict(each.payload)) for each in found] == [
+        ("metric", None, 4, {"loss": 0.5, "acc": 1}),
+        ("metric", None, 5, {"loss": 0.25}),
+        ("attribute", "site", None, {"value": "north"}),
+        ("attribute", "gps", None, {"lat": 1.5}),
+        ("telemetry", "cpu", None, {"value": 0.9}),
+    ]
+    assert {each.task_id for each in found} == {None}

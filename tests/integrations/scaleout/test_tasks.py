@@ -1,0 +1,175 @@
+"""Tasks and who does them: claims, stops, deaths, removals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from storage.errors import InvalidInput, ModelMissingError
+from tests.integrations.scaleout.support import Fleet, kill, until
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Path:
+    """A file; tasks that are told its name go on when it is gone."""
+    path = tmp_path / "hold"
+    path.touch()
+    return path
+
+
+def test_a_task_of_a_killed_client_is_done_by_its_next_process(fleet: Fleet, hold: Path) -> None:
+    seed = fleet.seed("seed", 1.0)
+    first = fleet.start("edge-1")
+    task = fleet.board.submit("train", seed, {"hold": str(hold)}, client="edge-1")
+    until(lambda: len(fleet.lines("train")) == 1, "the training has begun")
+    kill(first)
+    assert fleet.board.result(task) is None
+    hold.unlink()
+    fleet.start("edge-1")
+    result = fleet.board.wait(task, 60)
+    assert result.is_completed
+    assert fleet.weights(str(result.model_update_id)) == [2.0]
+    assert [line[0] for line in fleet.lines("train")] == [task.id, task.id]
+    assert fleet.lines("trained") == [[task.id, "3"]]
+    assert len(list(fleet.board.results())) == 1
+
+
+def test_a_client_that_stops_leaves_its_tasks_to_its_next_process(
+    fleet: Fleet, hold: Path
+) -> None:
+    seed = fleet.seed("seed", 1.0)
+    first = fleet.start("edge-1")
+    task = fleet.board.submit("train", seed, {"hold": str(hold)}, client="edge-1")
+    until(lambda: len(fleet.lines("train")) == 1, "the training has begun")
+    assert first("stop", client_id="edge-1") is None
+    assert fleet.lines("stopped")[0][:2] == [task.id, "StoppedException"]
+    assert fleet.board.result(task) is None
+    hold.unlink()
+    fleet.start("edge-1", first)
+    assert fleet.board.wait(task, 60).is_completed
+
+
+def test_a_task_under_way_is_stopped(fleet: Fleet, hold: Path) -> None:
+    seed = fleet.seed("seed")
+    fleet.start("edge-1")
+    task = fleet.board.submit("train", seed, {"hold": str(hold)}, client="edge-1")
+    until(lambda: fleet.lines("train"), "the training has begun")
+    (status,) = until(
+        lambda: [each for each in fleet.board.clients() if each.running], "it is seen at work"
+    )
+    assert status.running == (task.id,)
+    fleet.board.abort(task)
+    result = fleet.board.wait(task, 60)
+    assert (result.status, result.response) == ("INTERRUPTED", {"msg": "Aborted by server"})
+    assert fleet.lines("stopped") == [
+        [task.id, "StoppedException", "Aborted", "by", "server"]
+    ]
+    assert fleet.board.tasks() == []
+
+
+def test_a_task_that_nobody_began_is_stopped_at_once(fleet: Fleet) -> None:
+    seed = fleet.seed("seed")
+    task = fleet.board.submit("train", seed, client="edge-1")
+    fleet.board.abort(task)
+    result = fleet.board.result(task)
+    assert result is not None
+    assert (result.status, result.client) == ("INTERRUPTED", None)
+    fleet.start("edge-1")
+    after = fleet.board.submit("validate", seed, client="edge-1")
+    assert fleet.board.wait(after, 60).is_completed
+    assert fleet.lines("train") == []
+
+
+def test_two_clients_share_tasks_and_each_is_done_once(fleet: Fleet) -> None:
+    for client in ("edge-1", "edge-2"):
+        fleet.start(client, poll_interval=0.05, concurrency=1)
+    until(lambda: len(fleet.board.clients()) == 2, "both are there")
+    tasks = [fleet.board.submit("custom", name="calibrate") for _ in range(8)]
+    results = fleet.board.wait_for(tasks, 60)
+    done = [line[1] for line in fleet.lines("calibrated")]
+    assert sorted(done) == sorted(task.id for task in tasks)
+    assert {result.client for result in results} == {line[0] for line in fleet.lines("calibrated")}
+    by = {result.client for result in results}
+    mine = {
+        client: {task.id for task, _ in fleet.board.results(client)}
+        for client in ("edge-1", "edge-2")
+    }
+    assert by == {client for client, found in mine.items() if found}
+    assert not mine["edge-1"] & mine["edge-2"]
+
+
+def test_a_task_for_any_client_waits_for_one_that_can(fleet: Fleet) -> None:
+    fleet.start("edge-1")
+    other = fleet.board.submit("custom", name="dance")
+    mine = fleet.board.submit("custom", name="calibrate")
+    assert fleet.board.wait(mine, 60).client == "edge-1"
+    assert fleet.board.tasks() == [other]
+    with pytest.raises(TimeoutError, match=other.id):
+        fleet.board.wait(other, 0.5)
+
+
+def test_the_same_task_goes_to_every_client(fleet: Fleet) -> None:
+    peer = fleet.start("edge-1")
+    fleet.start("edge-2", peer)
+    until(lambda: len(fleet.board.clients()) == 2, "both are there")
+    tasks = fleet.board.submit_to_all("custom", None, {"level": 1}, name="calibrate")
+    assert [task.client for task in tasks] == ["edge-1", "edge-2"]
+    assert [each.response["by"] for each in fleet.board.wait_for(tasks, 60)] == ["edge-1", "edge-2"]
+
+
+def test_a_task_that_a_client_begins_itself_is_on_the_board(fleet: Fleet, hold: Path) -> None:
+    peer = fleet.start("edge-1")
+    short = peer("autonomous", client_id="edge-1")
+    (first,) = until(
+        lambda: [each for each in fleet.board.results() if each[0].id == short], "it has ended"
+    )
+    assert first[1].response == {"done": short}
+    assert fleet.board.request(first[0]).type == "Autonomous_survey"
+
+    long = peer("autonomous", client_id="edge-1", hold=hold)
+    (task,) = until(fleet.board.tasks, "it is known")
+    assert task.id == long
+    fleet.board.abort(task)
+    assert fleet.board.wait(task, 60).status == "INTERRUPTED"
+
+    lost = peer("autonomous", client_id="edge-1", hold=hold)
+    (task,) = until(fleet.board.tasks, "it is known")
+    kill(peer)
+    fleet.start("edge-1")
+    result = fleet.board.wait(task, 60)
+    assert (task.id, result.status) == (lost, "FAILED")
+    assert "has ended" in result.response["error"]
+
+
+def test_ended_tasks_are_removed_and_none_is_done_again(fleet: Fleet) -> None:
+    seed = fleet.seed("seed")
+    fleet.start("edge-1")
+    done = [fleet.board.submit("validate", seed, client="edge-1") for _ in range(2)]
+    fleet.board.wait_for(done, 60)
+    left = fleet.board.submit("custom", name="dance")
+    assert fleet.board.remove_ended([left]) == 0
+    assert fleet.board.remove_ended(done[:1]) == 1
+    assert fleet.board.remove_ended() == 1
+    assert fleet.board.tasks() == [left]
+    with pytest.raises(ModelMissingError, match="may have been removed"):
+        fleet.board.wait(done[0], 5)
+    with pytest.raises(ModelMissingError):
+        fleet.board.abort(done[1])
+
+
+def test_a_task_that_is_no_task_is_refused(fleet: Fleet) -> None:
+    board = fleet.board
+    with pytest.raises(InvalidInput, match="no kind of task"):
+        board.submit("dance", "m")
+    with pytest.raises(InvalidInput, match="id of a model"):
+        board.submit("train")
+    with pytest.raises(InvalidInput, match="name of its callback"):
+        board.submit("custom")
+    with pytest.raises(InvalidInput, match="cannot be the id of a client"):
+        board.submit("train", "m", client="../x")
+    with pytest.raises(InvalidInput, match="cannot be the id of a model"):
+        board.submit("train", "../x")
+    with pytest.raises(InvalidInput, match="keeps text, finite numbers"):
+        board.submit("train", "m", {"at": object()})
+    assert board.tasks() == []
