@@ -23,7 +23,7 @@ from tests.servers.process import HOST
 from tests.servers.provision import debian_program
 
 USER = "reader"
-PASSWORD = "s3cr3t-of-git"  # noqa: S105
+PASSWORD = "s3cr3t-of-git"
 _LFS = "application/vnd.git-lfs+json"
 _POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
 
@@ -144,13 +144,9 @@ class GitHTTP:
         ) - sum(body for body in self._listings)
 
     def __enter__(self) -> Self:
-        server = self
         self._listings: list[int] = []
-
-        class Handler(_Handler):
-            owner = server
-
-        self._server = ThreadingHTTPServer((HOST, 0), Handler)
+        handler = type("Handler", (_Handler,), {"owner": self})
+        self._server = ThreadingHTTPServer((HOST, 0), handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
@@ -232,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
             owner.leaks.append(self.path)
         if rest.endswith("/info/lfs/objects/batch"):
             return self._batch(body)
-        answer = owner.answer(self.command, f"/{rest}", parts.query, self.headers, body)
+        answer = owner.answer(self.command, f"/{rest}", parts.query, dict(self.headers), body)
         return self._send(*answer)
 
     def _batch(self, body: bytes) -> None:

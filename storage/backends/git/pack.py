@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ class Incoming:
             self._file.flush()
         except OSError as exc:
             raise self._refused(exc) from exc
-        return Pack(self._file.detach(), self.size - _HASH, self._where)
+        with self._file:
+            return Pack(os.dup(self._file.fileno()), self.size - _HASH, self._where)
 
     def close(self) -> None:
         """Forget what came."""
@@ -132,11 +134,11 @@ class Incoming:
 class Pack:
     """The objects of a pack, by their names. Safe for threads, and after a fork."""
 
-    def __init__(self, file: object, size: int, where: str) -> None:
+    def __init__(self, descriptor: int, size: int, where: str) -> None:
         """Look at every object, which takes as long as it takes to read the pack.
 
         Args:
-            file: raw and open; it is closed when the last reader has gone.
+            descriptor: of the open file; it is closed when the last reader has gone.
             size: bytes before the checksum.
             where: the repository's URI, for messages.
 
@@ -145,8 +147,9 @@ class Pack:
             UnsupportedOperation: an object would have to be put together in memory and is too
                 large for that.
         """
-        self._file = file
-        self._descriptor: int = file.fileno()  # type: ignore[attr-defined]
+        self._descriptor = descriptor
+        # Readers hold this object, and a backend may go on to the next commit meanwhile.
+        weakref.finalize(self, os.close, descriptor)
         self._size = size
         self._where = where
         self._found: dict[bytes, _Found] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -33,6 +34,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 """The name of a commit, in full."""
 
 _PEELED = "^{}"
+# What a server sends instead of an answer, after the length of its line.
+_COMPLAINT = re.compile(rb"[0-9a-f]{4}ERR ([^\n]*)")
 
 
 class Remote:
@@ -97,7 +100,7 @@ class Remote:
         client = self._client()
         wanted = [commit.encode("ascii")]
         try:
-            with self._understood(commit):
+            with self._understood():
                 client.fetch_pack(
                     "",
                     lambda refs, depth=None: wanted,
@@ -159,8 +162,28 @@ class Remote:
                 f"{one_line(kind) or 'of no type'}, not git's smart HTTP protocol; check that "
                 "this is the address that git clones from"
             )
-        answer = _Answer(response, url)
-        return answer, _Bytes(self._session.chunks(response, self._where, None)).read
+        chunks = self._session.chunks(response, self._where, None)
+        try:
+            first = next(chunks, b"")
+            if (complaint := _COMPLAINT.match(first)) is not None:
+                # ``dulwich`` takes it for the end of the conversation.
+                raise self._said(complaint[1].decode("utf-8", "replace"))
+        except BaseException:
+            response.close()
+            raise
+        return _Answer(response, url), _Bytes(first, chunks).read
+
+    def _said(self, complaint: str) -> StorageError:
+        """Return the error of ours for what a server says instead of an answer."""
+        said = one_line(complaint)
+        # What upload-pack says of a commit that it does not have, or may not give.
+        if re.search(r"not our ref|unadvertised object", said):
+            return ModelMissingError(
+                self._where,
+                f"{self._where}: the server has no such commit, or gives only those away that a "
+                f"branch or a tag names ({said})",
+            )
+        return StorageError(f"{self._where}: the git server refuses ({said})")
 
     def _refusal(self, response: requests.Response) -> StorageError:
         error = self._session.error(response, self._where)
@@ -172,34 +195,21 @@ class Remote:
             )
         return error
 
-    def _understood(self, commit: str | None = None) -> _Understood:
-        return _Understood(self._where, commit)
-
-
-class _Understood:
-    """Turns what ``dulwich`` raises in the block into an error of ours."""
-
-    def __init__(self, where: str, commit: str | None) -> None:
-        self._where = where
-        self._commit = commit
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
-        if exc is None or isinstance(exc, StorageError) or not isinstance(exc, Exception):
-            return
-        said = one_line(str(exc)) or type(exc).__name__
-        # What upload-pack says of a commit that it does not have, or may not give.
-        if self._commit is not None and re.search(r"not our ref|unadvertised object", said):
-            raise ModelMissingError(
-                self._where,
-                f"{self._where}: the server has no commit {self._commit}, or gives only those "
-                "away that a branch or a tag names",
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Turn what ``dulwich`` raises in the block into an error of ours."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except Exception as exc:  # what it raises when an answer is damaged has no common base
+            said = one_line(exc) or type(exc).__name__
+            # Older servers complain within the conversation.
+            if "not our ref" in said:
+                raise self._said(said) from exc
+            raise TransientError(
+                f"{self._where}: the conversation with the git server broke off ({said})"
             ) from exc
-        raise TransientError(
-            f"{self._where}: the conversation with the git server broke off ({said})"
-        ) from exc
 
 
 class _Answer:
@@ -218,9 +228,9 @@ class _Answer:
 class _Bytes:
     """A body as it arrives, read by the number of bytes."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._held = b""
+    def __init__(self, first: bytes, rest: Iterator[bytes]) -> None:
+        self._chunks = rest
+        self._held = first
         self._at = 0
 
     def read(self, size: int = -1) -> bytes:
