@@ -149,9 +149,16 @@ def extract_file(
 class Source:
     """The bytes of the archive, in order."""
 
-    def __init__(self, stream: Stream) -> None:
-        """Read from ``stream``, which stands at the first byte of a tar."""
+    def __init__(self, stream: Stream, *, may_end: bool = False) -> None:
+        """Read from ``stream``, which stands at the first byte of a tar.
+
+        Args:
+            stream: its bytes.
+            may_end: whether it may end behind any member, for there are programs that write no
+                mark of the end. Only where something else tells that it is whole.
+        """
         self._stream = stream
+        self.may_end = may_end
         self.at = 0
 
     def read(self, size: int) -> bytes:
@@ -204,7 +211,9 @@ class Source:
     def pad(self, size: int) -> None:
         """Pass over what fills the last block of content of ``size`` bytes."""
         if size % _BLOCK:
-            self.exactly(-size % _BLOCK)
+            filling = self.read(-size % _BLOCK)
+            if filling or not self.may_end:
+                self.exactly(-size % _BLOCK - len(filling))
 
 
 def members(source: Source, extraction: Extraction, *, specials: bool = False) -> Iterator[Member]:
@@ -224,6 +233,8 @@ def members(source: Source, extraction: Extraction, *, specials: bool = False) -
     while True:
         at = source.at
         block = source.read(_BLOCK)
+        if not block and source.may_end and not records.size:
+            return
         if len(block) < _BLOCK:
             raise DamageError(f"it ends at byte {source.at} without the mark of its end")
         if not any(block):

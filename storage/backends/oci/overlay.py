@@ -33,7 +33,8 @@ class Overlay(Extraction):
             DamageError: it is damaged.
             InvalidInput: it holds what is refused.
         """
-        _Layer(self, root).apply(Source(stream))
+        # Its digest tells whether it is whole.
+        _Layer(self, root).apply(Source(stream, may_end=True))
 
     def folder(self, name: str) -> None:
         """Make a folder, in place of a file or link of a lower layer."""
