@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import trustme
@@ -37,10 +38,23 @@ class TlsFront(Nginx):
 
     name = "tls"
 
-    def __init__(self, target: str, parent: str | os.PathLike[str] | None = None) -> None:
-        """Start nothing yet; ``target`` is a URL without a trailing slash."""
+    def __init__(
+        self,
+        target: str,
+        parent: str | os.PathLike[str] | None = None,
+        *,
+        hosts: Sequence[str] = (HOST, "localhost"),
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            target: a URL without a trailing slash.
+            parent: where the folder is made (default: temporary).
+            hosts: whose certificate it shows.
+        """
         super().__init__(_CONFIG.format(target=target), parent, scheme="https")
         self.authority = trustme.CA()
+        self._hosts = hosts
 
     @property
     def ca_file(self) -> Path:
@@ -50,7 +64,7 @@ class TlsFront(Nginx):
     def config(self) -> str:
         """Write the certificates, then return the configuration."""
         self.authority.cert_pem.write_to_path(self.ca_file)
-        certificate = self.authority.issue_cert(HOST, "localhost")
+        certificate = self.authority.issue_cert(*self._hosts)
         certificate.private_key_pem.write_to_path(self.folder / "server.key")
         chain = self.folder / "server.pem"
         for number, blob in enumerate(certificate.cert_chain_pems):

@@ -1,0 +1,162 @@
+"""The initializer beside the old program: what is put into each destination, and how it ends.
+
+Where the table says that the old program is right, both are run and agree with it. Where it says
+that the old one is wrong, the old one is run too, so that the claim is proved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+
+import pytest
+
+from tests.integrations.kserve_case import Case, Failed, Files
+from tests.integrations.kserve_cases import CASES
+from tests.integrations.kserve_side import (
+    KSERVE_STORAGE,
+    Initializer,
+    Outcome,
+    old_program,
+    this_library,
+)
+from tests.integrations.kserve_stores import Place, Stores, stores
+from tests.servers.process import ServerError
+
+_SECRET = re.compile(r"SECRET_ACCESS_KEY|SESSION_TOKEN|ACCESS_TOKEN|STORAGE_ACCESS_KEY|HF_TOKEN")
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Initializer]:
+    """The program of KServe's image."""
+    try:
+        KSERVE_STORAGE.python()
+    except ServerError as exc:
+        pytest.fail(f"{KSERVE_STORAGE.requirement} cannot be installed: {exc}", pytrace=False)
+    with old_program(tmp_path_factory.mktemp("old")) as program:
+        yield program
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Initializer]:
+    """This library's program."""
+    with this_library(tmp_path_factory.mktemp("ours")) as program:
+        yield program
+
+
+@pytest.fixture(scope="module")
+def the_stores(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Stores]:
+    """Where the models of the cases are."""
+    with stores(tmp_path_factory.mktemp("stores"), request) as found:
+        yield found
+
+
+class Prepared(NamedTuple):
+    """A case whose files are where it says."""
+
+    case: Case
+    place: Place
+    earlier: Place | None
+    names: dict[str, str]
+
+    def run(self, program: Initializer) -> Outcome:
+        """Run one of the programs, after the run before if the case has one."""
+        folder = program.folder()
+        dest = self.case.dest or str(folder / "dest")
+        places = {"dest": dest, "dest2": str(folder / "dest2")}
+        for path, content in self.case.there.items():
+            file = Path(dest, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        if self.earlier is not None:
+            outcome = self._run(program, self.earlier, places, folder)
+            assert outcome.status == 0, outcome.printed
+        return self._run(program, self.place, places, folder)
+
+    def _run(
+        self, program: Initializer, place: Place, places: dict[str, str], folder: Path
+    ) -> Outcome:
+        names = {**self.names, **place.names, **places, "root": place.root}
+        arguments = [Template(argument).substitute(names) for argument in self.case.arguments]
+        return program.run(
+            arguments, self.environment(names, place), list(places.values()), folder=folder
+        )
+
+    def environment(self, names: dict[str, str], place: Place) -> dict[str, str]:
+        """Return the variables of the case and those that lead to its store."""
+        variables: dict[str, str] = dict(place.environment)
+        for name, template in self.case.variables.items():
+            if template is None:
+                variables.pop(name, None)
+            else:
+                variables[name] = Template(template).substitute(names)
+        return variables
+
+
+def _prepared(case: Case, where: Stores, *programs: Initializer) -> Prepared:
+    claims = [program.claim for program in programs]
+
+    def put(name: str, files: Files) -> Place:
+        return where.place(case.store, name, files, claims)
+
+    place = put(case.name, case.files)
+    earlier = None if case.earlier is None else put(f"{case.name}-before", case.earlier)
+    return Prepared(case, place, earlier, where.common())
+
+
+def _agrees(outcome: Outcome, case: Case) -> None:
+    """Assert that a run left what the case says."""
+    if isinstance(case.tree, Failed):
+        assert outcome.status == 1, outcome.printed
+    else:
+        assert outcome.status == 0, outcome.printed
+        assert outcome.trees[0] == case.tree, outcome.printed
+    if case.also is not None:
+        assert (outcome.trees[1] or {}) == case.also, outcome.printed
+
+
+def _is_clean(outcome: Outcome, prepared: Prepared) -> None:
+    """Assert what our program owes beyond the old one's."""
+    case, place = prepared.case, prepared.place
+    names = {**prepared.names, **place.names, "root": place.root, "dest": "", "dest2": ""}
+    if isinstance(case.tree, Failed):
+        said = Template(case.tree.says.replace("$)", "$$)")).substitute(names)
+        assert re.search(said, outcome.printed, re.IGNORECASE), outcome.printed
+        assert (outcome.trees[0] or {}) == case.there, "something was left"
+    assert "Traceback" not in outcome.printed, outcome.printed
+    for name, value in prepared.environment(names, place).items():
+        assert not (_SECRET.search(name) and value in outcome.printed), outcome.printed
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_both_initializers_do_what_the_table_says(
+    case: Case, old: Initializer, ours: Initializer, the_stores: Stores
+) -> None:
+    """The old one where it is right, and as wrong as the table says where it is not."""
+    prepared = _prepared(case, the_stores, old, ours)
+    try:
+        before = prepared.run(old)
+        if case.old is None:
+            _agrees(before, case)
+        elif case.old.leaves is None:
+            assert before.status == 1, before.printed
+        else:
+            assert (before.status, before.trees[0]) == (0, case.old.leaves), before.printed
+        outcome = prepared.run(ours)
+        _agrees(outcome, case)
+        _is_clean(outcome, prepared)
+    finally:
+        old.empty()
+        ours.empty()
+
+
+def test_the_table_is_long_and_every_case_has_a_name_of_its_own() -> None:
+    """The comparison is worth its name."""
+    right = [case for case in CASES if case.old is None]
+    assert len(right) >= 60
+    assert len({case.name for case in CASES}) == len(CASES)
