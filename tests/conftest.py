@@ -13,7 +13,8 @@ pytest_plugins = ["tests.servers.fixtures"]
 
 # What configures a store, a client or a way to the network.
 _FOREIGN = re.compile(
-    r"(?:AWS|AZURE|BOTO|CLOUDSDK|FSSPEC|GCE|GCS|GCSFS|GOOGLE|HF|HUGGING_?FACE|RCLONE|S3FS|STORAGE)_.*"
+    r"(?:AWS|AZURE|BOTO|CLOUDSDK|FSSPEC|GCE|GCS|GCSFS|GOOGLE|HF|HUGGING_?FACE|MODELSCOPE|RCLONE"
+    r"|S3FS|STORAGE)_.*"
     r"|BOTO_CONFIG|CURL_CA_BUNDLE|REQUESTS_CA_BUNDLE|SSL_CERT_(?:FILE|DIR)|XDG_.*"
     r"|(?:all|ftp|http|https|no)_proxy",
     re.IGNORECASE,

@@ -75,7 +75,7 @@ class WebSession:
         store: str,
         address: str,
         home: Callable[[], str],
-        authorization: Callable[[], str | None],
+        credentials: Callable[[], Mapping[str, str]],
     ) -> None:
         """Describe the service.
 
@@ -85,7 +85,7 @@ class WebSession:
             store: what is asked, for messages.
             address: what a user gave that says where it is, for messages.
             home: gives a URL of the origin that gets the credential.
-            authorization: gives the value of the header ``Authorization``, if there is one.
+            credentials: gives the headers that say who asks.
         """
         self._config = config
         self._connections = options.connections
@@ -93,7 +93,7 @@ class WebSession:
         self._timeout = (options.connect_timeout, options.stall_timeout)
         self._names = (store, address)
         self._home = home
-        self._authorization = authorization
+        self._credentials = credentials
         self._lock = threading.Lock()
         self._opened: tuple[int, requests.Session] | None = None
 
@@ -133,9 +133,8 @@ class WebSession:
             if origin(url) == first:
                 sent |= foreign or {}
             given = {name.lower() for name in sent}
-            mine = origin(url) == origin(self._home()) and "authorization" not in given
-            if mine and (text := self._authorization()) is not None:
-                sent["Authorization"] = text
+            if origin(url) == origin(self._home()) and "authorization" not in given:
+                sent |= self._credentials()
             response = self._send(method, url, where, sent, body)
             target = response.headers.get("Location")
             if response.status_code not in _REDIRECTS or not target:

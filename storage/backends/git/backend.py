@@ -60,7 +60,7 @@ def open_backend(location: Location, config: GitConfig | None, options: OpenOpti
         store="the git server",
         address="the URI",
         home=lambda: url,
-        authorization=lambda: authorization,
+        credentials=lambda: {"Authorization": authorization} if authorization else {},
     )
     revision = location.version or (config.revision if config is not None else None)
     return GitBackend(location.scheme, location.bucket, url, revision, session)

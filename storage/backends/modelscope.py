@@ -1,0 +1,308 @@
+"""ModelScope: the models of one repository, by the HTTP API that its own client uses.
+
+Only reading. That client sends everything by one session with retries of its own, and writes the
+files itself; one call here is one attempt, and the bytes go where the transfer layer wants them,
+so the requests are ours.
+
+The listing tells the SHA-256 of every file, which is verified. There is no way to ask for the
+files of one moment: a file that is replaced while it is fetched is noticed by its digest.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+from storage.backends.base import Body, ByteRange, ObjectInfo, OpenOptions, check_prefix
+from storage.backends.drivers.web import WebSession
+from storage.backends.readonly import READ_ONLY, ReadOnlyBackend
+from storage.digest import Digest
+from storage.errors import (
+    BucketMissingError,
+    InvalidInput,
+    ModelMissingError,
+    ObjectChangedError,
+    StorageError,
+    TransientError,
+    UnsupportedOperation,
+    one_line,
+)
+from storage.uri import Location
+
+if TYPE_CHECKING:
+    import requests
+
+    from storage.config import ModelScopeConfig
+
+__all__ = ["ModelScopeBackend", "open_backend"]
+
+_PUBLIC = "https://www.modelscope.cn"
+_DEFAULT = "master"
+# A listing holds no more, and does not say so when there is more.
+_LISTED = 3000
+_MAX_ANSWER = 64 * 1024 * 1024
+# Small files are sent whole where a part is asked for.
+_MAX_SKIP = 32 * 1024 * 1024
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+def open_backend(
+    location: Location, config: ModelScopeConfig | None, options: OpenOptions
+) -> ModelScopeBackend:
+    """Return a backend for the repository and revision of ``location``; inert."""
+    revision = location.version or (config.revision if config is not None else None)
+    return ModelScopeBackend(location.bucket, revision, config, options)
+
+
+class ModelScopeBackend(ReadOnlyBackend):
+    """One repository of models; see :class:`~storage.backends.base.Backend`."""
+
+    capabilities = replace(READ_ONLY, pinned_read=False)
+    why_read_only = "repositories of ModelScope are read only here; upload by its own client"
+
+    def __init__(
+        self,
+        repository: str,
+        revision: str | None,
+        config: ModelScopeConfig | None,
+        options: OpenOptions,
+    ) -> None:
+        """Describe the repository; nothing is asked yet.
+
+        Args:
+            repository: ``owner/name``.
+            revision: branch or tag; ``master`` if none.
+            config: how to come there.
+            options: limits.
+        """
+        self._repository = repository
+        self._revision = revision
+        self._config = config
+        self._session = WebSession(
+            config,
+            options,
+            store="ModelScope",
+            address="the endpoint",
+            home=self._endpoint,
+            credentials=self._credentials,
+        )
+
+    def _endpoint(self) -> str:
+        given = self._config.endpoint if self._config is not None else None
+        return (given or os.environ.get("MODELSCOPE_ENDPOINT") or _PUBLIC).rstrip("/")
+
+    def _credentials(self) -> Mapping[str, str]:
+        config = self._config
+        token = os.environ.get("MODELSCOPE_API_TOKEN", "").strip()
+        if config is not None and config.token is not None:
+            token = config.token.get_secret_value()
+        if not token or (config is not None and config.anonymous):
+            return {}
+        # Some of the service's addresses look at the one, some at the other.
+        return {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"}
+
+    @property
+    def name(self) -> str:
+        """Driver and store."""
+        return "modelscope"
+
+    def where(self, key: str) -> str:
+        """Return the URI of a key, for messages."""
+        return str(Location("modelscope", self._repository, key, self._revision))
+
+    def stat(self, key: str, version: str | None = None) -> ObjectInfo:
+        """See :meth:`Backend.stat`. There are no versions of single files."""
+        self._check_key(key)
+        folder, _, _ = key.rpartition("/")
+        for info in self._entries(folder, self.where(key), recursive=False)[0]:
+            if info.key == key:
+                return info
+        raise ModelMissingError(self.where(key))
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See :meth:`Backend.list`."""
+        check_prefix(prefix)
+        if prefix:
+            self._check_key(prefix.removesuffix("/"))
+        pending = [prefix.removesuffix("/")]
+        while pending:
+            folder = pending.pop()
+            where = self.where(f"{folder}/" if folder else "")
+            files, folders = self._entries(folder, where, recursive=True)
+            if len(files) + len(folders) >= _LISTED:
+                # Cut, without a word: then folder by folder.
+                files, folders = self._entries(folder, where, recursive=False)
+                if len(files) + len(folders) >= _LISTED:
+                    raise UnsupportedOperation(
+                        f"{where}: ModelScope lists {_LISTED} entries of a folder and does not say "
+                        "what else there is; choose smaller folders"
+                    )
+                pending += folders
+            yield from (info for info in files if info.key.startswith(prefix))
+
+    def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
+        """See :meth:`Backend.read`."""
+        self._check_key(key)
+        where = self.where(key)
+        query = urlencode({"Revision": self._revision or _DEFAULT, "FilePath": key})
+        headers = {} if span is None else {"Range": f"bytes={span.start}-{span.end - 1}"}
+        response = self._session.request("GET", self._url(f"repo?{query}"), where, headers=headers)
+        if response.status_code not in (200, 206):
+            raise self._refusal(response, where)
+        try:
+            size, skip = _extent(response, span, where)
+            linked = response.headers.get("X-Linked-ETag", "").strip('"').lower()
+            info = _info(key, size, linked)
+            if pin is not None and pin.differs_from(replace(info, etag=info.etag or pin.etag)):
+                raise ObjectChangedError(f"{where} was replaced since it was looked at")
+        except BaseException:
+            response.close()
+            raise
+        if span is None:
+            return Body(info, self._session.chunks(response, where, size), response.close)
+        chunks = _cut(self._session.chunks(response, where, None), skip, len(span), where)
+        return Body(info, chunks, response.close)
+
+    def close(self) -> None:
+        """Free the connections."""
+        self._session.close()
+
+    # -- the API -----------------------------------------------------------------------------
+
+    def _url(self, action: str = "") -> str:
+        tail = f"/{action}" if action else ""
+        return f"{self._endpoint()}/api/v1/models/{self._repository}{tail}"
+
+    def _entries(
+        self, folder: str, where: str, *, recursive: bool
+    ) -> tuple[builtins.list[ObjectInfo], builtins.list[str]]:
+        """Return the files and the folders that a listing has; none of a folder that is not."""
+        query = {"Revision": self._revision or _DEFAULT, "Recursive": str(recursive)}
+        if folder:
+            query["Root"] = folder
+        response = self._session.request("GET", self._url(f"repo/files?{urlencode(query)}"), where)
+        if response.status_code == 404 and folder:
+            # So it answers for a folder that is not there, and for a repository.
+            response.close()
+            self._check_repository(where)
+            return [], []
+        data = self._answer(response, where)
+        try:
+            entries = data if isinstance(data, list) else data["Files"] or []
+            files = [_described(entry) for entry in entries if entry.get("Type") != "tree"]
+            folders = [str(entry["Path"]) for entry in entries if entry.get("Type") == "tree"]
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            raise _damaged(where, exc) from exc
+        return files, folders
+
+    def _check_repository(self, where: str) -> None:
+        self._answer(self._session.request("GET", self._url(), where), where)
+
+    def _answer(self, response: requests.Response, where: str) -> Any:
+        """Return what an answer holds, in the envelope that all have."""
+        if response.status_code != 200:
+            raise self._refusal(response, where)
+        text = self._session.read(response, where, _MAX_ANSWER)
+        try:
+            found = json.loads(text)
+            success, data = found.get("Success", True), found["Data"]
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            raise _damaged(where, exc) from exc
+        if not success:
+            said = f"{found.get('Code')}: {found.get('Message')}"
+            raise StorageError(f"{where}: ModelScope refuses ({one_line(said)})")
+        return data
+
+    def _refusal(self, response: requests.Response, where: str) -> StorageError:
+        message = None
+        if "json" in response.headers.get("Content-Type", ""):
+            try:
+                found = json.loads(self._session.read(response, where, 64 * 1024))
+                message = one_line(found.get("Message") or "")
+            except (AttributeError, ValueError, StorageError):
+                message = None
+        if response.status_code == 404:
+            response.close()
+            said = f" ({message})" if message else ""
+            kind = ModelMissingError if "FilePath=" in (response.url or "") else BucketMissingError
+            return kind(
+                where,
+                f"{where}: ModelScope shows no such repository, revision or file{said}; the name "
+                "is wrong, or it is private and the token is missing",
+            )
+        return self._session.error(response, where, message)
+
+    def _check_key(self, key: str) -> None:
+        parts = key.split("/")
+        if key and parts[-1] == "" and not {"", ".", ".."} & set(parts[:-1]):
+            raise ModelMissingError(self.where(key))
+        if key and {"", ".", ".."} & set(parts):
+            raise InvalidInput(
+                f"{self.where(key)}: the key holds an empty segment, '.' or '..', which no file "
+                "there has"
+            )
+
+
+def _described(entry: Mapping[str, Any]) -> ObjectInfo:
+    return _info(str(entry["Path"]), int(entry["Size"]), str(entry.get("Sha256") or "").lower())
+
+
+def _info(key: str, size: int | None, sha256: str) -> ObjectInfo:
+    known = _SHA256.fullmatch(sha256) is not None
+    digests = (Digest("sha256", sha256),) if known else ()
+    return ObjectInfo(key, size, f'"{sha256}"' if known else None, digests=digests)
+
+
+def _extent(
+    response: requests.Response, span: ByteRange | None, where: str
+) -> tuple[int | None, int]:
+    """Return the file's size, and the bytes of the answer to leave out first."""
+    text = response.headers.get("Content-Length", "")
+    given = int(text) if text.isdigit() else None
+    if span is None:
+        return given, 0
+    match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if response.status_code == 206 and match is not None:
+        begin, last, size = (int(number) for number in match.groups())
+        if size >= span.end and (begin, last + 1) != (span.start, span.end):
+            raise TransientError(
+                f"{where}: bytes {span.start}-{span.end - 1} were asked for, {begin}-{last} sent"
+            )
+    elif response.status_code == 200 and given is not None and span.start <= _MAX_SKIP:
+        begin, size = 0, given
+    else:
+        raise UnsupportedOperation(
+            f"{where}: bytes {span.start}-{span.end - 1} were asked for and the whole file sent"
+        )
+    if size < span.end:
+        raise ObjectChangedError(
+            f"{where}: bytes up to {span.end} were asked for, the file has {size}"
+        )
+    return size, span.start - begin
+
+
+def _cut(chunks: Iterator[bytes], skip: int, length: int, where: str) -> Iterator[memoryview]:
+    """Yield ``length`` bytes after the first ``skip``."""
+    for chunk in chunks:
+        view = memoryview(chunk)[skip : skip + length]
+        skip = max(0, skip - len(chunk))
+        length -= len(view)
+        if len(view):
+            yield view
+        if not length:
+            return
+    raise TransientError(f"{where}: the connection ended {length} bytes too early")
+
+
+def _damaged(where: str, exc: Exception) -> StorageError:
+    return TransientError(
+        f"{where}: the answer is damaged, or none of ModelScope ({type(exc).__name__}); check the "
+        "endpoint and the proxy"
+    )
