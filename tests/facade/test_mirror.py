@@ -53,6 +53,14 @@ FILES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _workers_of_this_process() -> Iterator[None]:
+    """Close what batches in threads of this process opened: a server waits for its clients."""
+    yield
+    for client in batches._clients.values():
+        client.close()
+
+
 def mirror(source: Store, target: Store, **options: Any) -> MirrorResult:
     """Mirror the place of one store to that of another."""
     return StorageOperations.mirror(
@@ -613,11 +621,14 @@ def test_a_broken_executor_that_cannot_be_made_again_ends_the_mirror_with_what_i
     assert isinstance(result, MirrorResult)
     assert result.failed == 0
     assert result.copied + result.skipped < 40
-    assert set(content(two).items()) <= files.items()
+    # The dead one could not remove what it was writing; nobody lists or reads that.
+    held = {path: data for path, data in content(two).items() if not path.endswith(".partial")}
+    assert held.items() <= files.items()
+    assert StorageOperations.list_objects(two.base) == sorted(held)
     again = mirror(one, two)
     assert again.copied + again.skipped == 40
-    assert again.skipped >= 2
-    assert content(two) == files
+    assert again.skipped == len(held) >= 2
+    assert {path: two.get_raw(path) for path in files} == files
 
 
 def test_a_batch_that_kills_whoever_does_it_is_given_up(
@@ -714,7 +725,7 @@ def test_limits_and_named_stores_of_the_client_hold_for_its_workers(
     }
     settings = load_settings(
         transfer={"connections": 3, "attempts": 2},
-        stores={"main": {"prefix": one.base, "config": {"type": "s3", **fields}}},
+        stores={"main": {"prefix": one.base, "type": "s3", **fields}},
     )
     seen: list[batches.Batch] = []
 
