@@ -189,7 +189,7 @@ class Environment:
             "s3": self._s3,
             "azure": lambda: self._azure(location),
             "oci": self._oci,
-            "git": self._git,
+            "git+http": self._git,
         }.get(location.type)
         return {} if read is None else read()
 

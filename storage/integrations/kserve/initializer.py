@@ -28,15 +28,20 @@ __all__ = ["main"]
 _NAME = "storage-initializer"
 _USAGE = f"Usage: {_NAME} SRC DEST [SRC DEST ...]"
 _FAILED = 1
-_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 # A pod's log gets a line this often, in seconds, while bytes move.
 _INTERVAL = 5.0
 _MESSAGE_LIMIT = 2000
+# Seconds that a signal leaves to transfers to end by themselves; Kubernetes leaves 30.
+_PATIENCE = 2.0
 _MIB = 1024 * 1024
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM: leave by the way of an exception, so that partial files are removed."""
+class _EndedError(BaseException):
+    """A signal: leave by the way of an exception, so that partial files are removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,16 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE)
         return _FAILED
     try:
-        with _termination_raises(), _warnings_as_lines():
+        with _signals_raise(), _warnings_as_lines():
             from storage.integrations.kserve.batch import bring_all
 
             bring_all(arguments[::2], arguments[1::2], watch=_Watch)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return _INTERRUPTED
-    except _TerminatedError:
+    except _EndedError as exc:
         _say("terminated")
-        return _TERMINATED
+        return exc.status
     except StorageError as exc:
         _say(f"error: {exc}")
         return _FAILED
@@ -99,11 +101,10 @@ def _size(count: int) -> str:
 
 def _say(text: str) -> None:
     line = "".join(char if char.isprintable() else "?" for char in one_line(text, _MESSAGE_LIMIT))
-    data = f"{_NAME}: {line}\n".encode("utf-8", "backslashreplace")
     # Nobody reads it any more, or it was closed: the status tells.
     with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"{_NAME}: {line}\n")
         sys.stderr.flush()
-        os.write(sys.stderr.fileno(), data)
 
 
 class _Lines(logging.Handler):
@@ -137,23 +138,42 @@ def _warnings_as_lines() -> Iterator[None]:
         ours.removeHandler(lines)
 
 
+def _leave(status: int) -> None:
+    """End now. What is in a staging folder goes; what is being published, the next run ends."""
+    from storage.integrations.kserve.placing import abandon
+
+    abandon()
+    _say("terminated")
+    os._exit(status)
+
+
 @contextlib.contextmanager
-def _termination_raises() -> Iterator[None]:
-    """Turn SIGTERM into an exception meanwhile, where nobody ignores it.
+def _signals_raise() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into an exception meanwhile, where nobody ignores them.
 
     The command is process 1 of its container, which the kernel does not end by SIGTERM unless
     there is a handler.
     """
+    timers: list[threading.Timer] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise _TerminatedError
+        error = _EndedError(signum)
+        if not timers:
+            # Threads end between two buffers, which takes long where nothing comes any more.
+            timers.append(threading.Timer(_PATIENCE, _leave, (error.status,)))
+            timers[0].daemon = True
+            timers[0].start()
+        raise error
 
-    usable = threading.current_thread() is threading.main_thread()
-    if not usable or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                previous[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for timer in timers:
+            timer.cancel()

@@ -31,7 +31,7 @@ from storage.errors import InvalidInput, ObjectExistsError
 from storage.files import shown, translate_os_errors
 from storage.transfer.trees import lock_folder
 
-__all__ = ["Place"]
+__all__ = ["Place", "abandon"]
 
 _XATTR = "user.modelstorage.sources"
 _NOTE = ".modelstorage"
@@ -41,6 +41,8 @@ _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
 _CONTENT, _OLD, _MOVING = "content", "old", "moving"
 # Seconds; moving the entries takes a fraction of one.
 _MOVE_TIMEOUT = 60.0
+# Staging folders in use by this process.
+_in_use: set[str] = set()
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Place:
             os.makedirs(self.folder, exist_ok=True)
             try:
                 self._descriptor = self._claim()
+                _in_use.add(self._staging)
                 with self._alone():
                     self._settle()
                 self._tidy()
@@ -166,6 +169,7 @@ class Place:
                     self._tidy()
                     os.rmdir(self._staging)
         finally:
+            _in_use.discard(self._staging)
             os.close(descriptor)
 
     @contextlib.contextmanager
@@ -294,6 +298,17 @@ class Place:
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(note)
+
+
+def abandon() -> None:
+    """Remove the staging folders of this process, which is about to end without looking back.
+
+    Those of which entries are being moved stay; the next process finishes that.
+    """
+    for staging in list(_in_use):
+        if not os.path.exists(os.path.join(staging, _MOVING)):
+            with contextlib.suppress(OSError):
+                files.remove(staging)
 
 
 class _Moves:

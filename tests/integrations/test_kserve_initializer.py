@@ -1,0 +1,393 @@
+"""The command ``storage-initializer``: what it is given, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from storage.integrations.kserve import Storage
+from storage.integrations.kserve.initializer import main
+from tests.integrations.kserve_support import (
+    MODEL,
+    REPOSITORY,
+    child_environment,
+    command,
+    initialize,
+    put_all,
+    tar,
+    tree,
+    variables_of,
+)
+from tests.servers import NginxHTTP, OddHTTP, Reply, Request, SeaweedFS, small_disk
+
+
+@pytest.fixture
+def model(
+    seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The URI of a model on S3, and the variables that lead there."""
+    for name, value in variables_of(seaweedfs).items():
+        monkeypatch.setenv(name, value)
+    return put_all(seaweedfs, shared_bucket, prefix, MODEL)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_arguments_that_are_no_pairs(count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["x"] * count) == 1
+
+    said = capsys.readouterr()
+    assert said.out.startswith("Usage: storage-initializer SRC DEST")
+    assert said.err == ""
+
+
+def test_as_a_module_and_as_a_program(seaweedfs: SeaweedFS, model: str, tmp_path: Path) -> None:
+    target = tmp_path / "models"
+    ended = initialize(model, str(target), variables=variables_of(seaweedfs))
+
+    assert (ended.status, ended.out) == (0, "")
+    assert re.fullmatch(
+        rf"storage-initializer: {model} to {target}: 3 files, \d+ bytes in [\d.]+ s\n", ended.err
+    )
+    assert tree(target) == MODEL
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["storage-initializer"] == f"{main.__module__}:{main.__name__}"
+
+
+def test_several_pairs(model: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "deep" / "one", tmp_path / "two"
+
+    assert main([model, str(one), f"{model}/config.json", str(two)]) == 0
+    assert tree(one) == MODEL
+    assert tree(two) == {"config.json": b"{}"}
+
+
+def test_several_pairs_of_one_destination(model: str, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.mkdir()
+    (local / "adapter.bin").write_bytes(b"a")
+    target = tmp_path / "models"
+
+    for _ in range(2):
+        assert main([model, str(target), str(local), str(target)]) == 0
+        assert tree(target) == {**MODEL, "adapter.bin": b"a"}
+
+
+def test_the_first_failure_ends_it(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    sources = [f"{model}/config.json", f"{model}/nothing", model]
+
+    pairs = [part for pair in zip(sources, map(str, folders), strict=True) for part in pair]
+    assert main(pairs) == 1
+
+    # All of them are made first, as KServe's mounts are.
+    assert [tree(folder) for folder in folders] == [{"config.json": b"{}"}, {}, {}]
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("storage-initializer: error: ")
+    assert f"{model}/nothing" in error
+
+
+def test_a_failure_is_one_line_without_secrets(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with OddHTTP(lambda request: Reply(403, b"no\nyou may not")) as server:
+        signed = f"{server.url}/m.bin?X-Amz-Signature=verysecret&sig=hidden"
+        assert main([signed, str(tmp_path)]) == 1
+
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert "verysecret" not in said.err
+    assert "hidden" not in said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_destination_that_cannot_be_made(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([model, "/dev/null/models"]) == 1
+    assert "/dev/null" in capsys.readouterr().err
+    assert main([model, ""]) == 1
+    assert main(["", "/nowhere"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        ("/mnt/models", 0),
+        ("/mnt/models/served", 0),
+        ("/mnt/models-typo", 1),
+        ("/mnt/modelsx/served", 1),
+        ("/mnt/pvc/none", 1),
+        ("/mnt/pvc-typo/none", 1),
+        ("no such thing", 1),
+        ("file:///no/such/thing", 1),
+        ("nosuchscheme://", 1),
+    ],
+)
+def test_paths_of_the_pod(
+    source: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([source, str(tmp_path)]) == status
+    assert os.listdir(tmp_path) == []
+    assert status == 0 or source.removeprefix("file://") in capsys.readouterr().err
+
+
+def test_a_claim_is_linked_and_not_copied(tmp_path: Path) -> None:
+    claim, target = tmp_path / "claim [1]", tmp_path / "models"
+    for path, content in MODEL.items():
+        place = claim / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    (claim / "lost+found").mkdir()
+
+    for source in (str(claim), f"file://{claim}", f"{claim}/"):
+        assert main([source, str(target)]) == 0
+        assert tree(target) == {"config.json": b"{}", "empty": b""}
+        assert sorted(os.listdir(target)) == ["config.json", "empty", "weights"]
+        assert os.readlink(target / "weights") == str(claim / "weights")
+    (claim / "config.json").unlink()
+    assert main([str(claim), str(target)]) == 0
+    assert sorted(os.listdir(target)) == ["empty", "weights"]
+    assert main([str(claim / "empty"), str(tmp_path / "one")]) == 0
+    assert os.readlink(tmp_path / "one" / "empty") == str(claim / "empty")
+
+
+def test_a_claim_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim = tmp_path / "claims" / "team"
+    (claim / "iris").mkdir(parents=True)
+    (claim / "iris" / "model.bin").write_bytes(b"1")
+    settings = tmp_path / "settings.toml"
+    settings.write_text(
+        f'[stores.team]\nprefix = "pvc://team/"\nmount_root = "{tmp_path}/claims"\n'
+    )
+    monkeypatch.setenv("STORAGE_SETTINGS_FILE", str(settings))
+
+    assert main(["pvc://team/iris", str(tmp_path / "d")]) == 0
+    assert os.readlink(tmp_path / "d" / "model.bin") == str(claim / "iris" / "model.bin")
+    assert main(["pvc://team/../iris", str(tmp_path / "e")]) == 1
+    assert "pvc://team" in capsys.readouterr().err
+
+
+def test_patterns_choose_files_of_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = tmp_path / "claim"
+    (claim / "weights").mkdir(parents=True)
+    for name in ("a.bin", "b.txt", "weights/c.bin", "weights/d.txt"):
+        (claim / name).write_bytes(b"1")
+    monkeypatch.setenv("STORAGE_ALLOW_PATTERNS", "*.bin")
+    monkeypatch.setenv("STORAGE_IGNORE_PATTERNS", '["a*"]')
+
+    assert main([str(claim), str(tmp_path / "d")]) == 0
+    assert tree(tmp_path / "d") == {"weights/c.bin": b"1"}
+    monkeypatch.setenv("STORAGE_ALLOW_PATTERNS", "*.onnx")
+    assert main([str(claim), str(tmp_path / "e")]) == 1
+    assert os.listdir(tmp_path / "e") == []
+
+
+def test_a_destination_inside_of_its_source_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.bin").write_bytes(b"1")
+
+    assert main([str(tmp_path), str(tmp_path / "d")]) == 1
+    assert "inside" in capsys.readouterr().err
+    assert main([str(tmp_path), str(tmp_path)]) == 0
+    assert (tmp_path / "model.bin").read_bytes() == b"1"
+
+
+def _zip() -> bytes:
+    written = BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        for path, content in MODEL.items():
+            archive.writestr(path, content)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("m.tar", "w:"),
+        ("m.tar.gz", "w:gz"),
+        ("m.TGZ", "w:gz"),
+        ("m.tar.bz2", "w:bz2"),
+        ("m.tar.xz", "w:xz"),
+        ("m.zip", ""),
+    ],
+)
+def test_one_archive_is_unpacked(
+    name: str,
+    mode: str,
+    model: str,
+    seaweedfs: SeaweedFS,
+    shared_bucket: str,
+    prefix: str,
+    tmp_path: Path,
+) -> None:
+    content = tar(MODEL, mode) if mode else _zip()
+    source = put_all(seaweedfs, shared_bucket, f"{prefix}-archive", {f"deep/{name}": content})
+    (tmp_path / name).write_bytes(content)
+
+    # The archive itself; a tree with nothing else in it; a file of this machine.
+    places = (f"{source}/deep/{name}", source, str(tmp_path / name))
+    for number, place in enumerate(places):
+        target = tmp_path / str(number)
+        assert main([place, str(target)]) == 0
+        assert tree(target) == MODEL
+    assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.fixture
+def odd() -> Iterator[OddHTTP]:
+    """An HTTP server that answers with one body for every path."""
+    content = tar(MODEL)
+
+    def answer(request: Request) -> Reply:
+        kind = "application/octet-stream"
+        return Reply(200, content, {"Content-Type": kind, "ETag": '"1"'})
+
+    with OddHTTP(answer) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("path", "unpacked"),
+    [
+        ("m.tar.gz", True),
+        ("m.tar.gz?signature=x.bin", True),
+        ("get?file=m.tgz", True),
+        ("m.pkl.gz", False),
+        ("m.joblib", False),
+        ("m.joblib?of=x.zip", False),
+    ],
+)
+def test_archives_over_http_are_told_by_their_names(
+    path: str, unpacked: bool, odd: OddHTTP, tmp_path: Path
+) -> None:
+    assert main([f"{odd.url}/{path}", str(tmp_path)]) == 0
+
+    found = tree(tmp_path)
+    if unpacked:
+        assert found == MODEL
+    else:
+        assert list(found) == [path.partition("?")[0]]
+        assert found.popitem()[1][:2] == b"\x1f\x8b"
+
+
+def test_the_configured_headers_go_to_their_host(
+    nginx_http: NginxHTTP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+
+    def answer(request: Request) -> Reply:
+        seen.append(request.headers.get("X-Key"))
+        return Reply(200, b"1", {"Content-Type": "application/octet-stream"})
+
+    monkeypatch.setenv("127.0.0.1-headers", '{"X-Key": "secret"}')
+    with OddHTTP(answer) as ours, OddHTTP(answer, "localhost") as others:
+        assert main([f"{ours.url}/m.bin", str(tmp_path / "a")]) == 0
+        assert set(seen) == {"secret"}
+        seen.clear()
+        assert main([f"{others.url}/m.bin", str(tmp_path / "b")]) == 0
+        assert set(seen) == {None}
+
+
+def test_a_restarted_container_fetches_nothing_again(
+    model: str, seaweedfs: SeaweedFS, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([model, str(tmp_path)]) == 0
+    times = {path: path.stat().st_ctime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([model, str(tmp_path)]) == 0
+    assert {path: path.stat().st_ctime_ns for path in times} == times
+    # The log says it both times.
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    (tmp_path / "config.json").write_bytes(b"broken")
+    assert main([model, str(tmp_path)]) == 0
+    assert tree(tmp_path) == MODEL
+
+
+def test_files_of_an_older_version_are_gone_on_a_mount_point(
+    model: str, seaweedfs: SeaweedFS, shared_bucket: str, prefix: str
+) -> None:
+    with small_disk() as disk:
+        assert main([model, str(disk)]) == 0
+        seaweedfs.raw.delete_object(Bucket=shared_bucket, Key=f"{prefix}/weights/part-1.bin")
+        seaweedfs.put_raw(shared_bucket, f"{prefix}/config.json", b"two")
+        assert main([model, str(disk)]) == 0
+        found = {path: data for path, data in tree(disk).items() if not path.startswith(".")}
+        assert found == {"config.json": b"two", "empty": b""}
+        assert not (disk / "weights").exists()
+
+
+def test_a_full_disk_is_said_and_left_empty(
+    model: str, seaweedfs: SeaweedFS, shared_bucket: str, prefix: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    seaweedfs.put_raw(shared_bucket, f"{prefix}/large.bin", bytes(3 * 1024 * 1024))
+    with small_disk(mebibytes=2) as disk:
+        assert main([model, str(disk)]) == 1
+        assert os.listdir(disk) == []
+    assert "bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_quickly_and_leaves_nothing(
+    number: signal.Signals, seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, tmp_path: Path
+) -> None:
+    from storage.testing.fault_link import Link
+    from storage.testing.fault_proxy import FaultProxy
+
+    seaweedfs.put_raw(shared_bucket, f"{prefix}/large.bin", os.urandom(4 * 1024 * 1024))
+    target = tmp_path / "models"
+    with FaultProxy(seaweedfs.endpoint, link=Link(rate=200_000)) as proxy:
+        variables = {**variables_of(seaweedfs), "S3_ENDPOINT": proxy.endpoint}
+        child = subprocess.Popen(
+            command(f"s3://{shared_bucket}/{prefix}", str(target)),
+            env=child_environment(variables),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not any(target.glob(".modelstorage.*/.model.*/content/*")):
+                assert child.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            began = time.monotonic()
+            child.send_signal(number)
+            _, err = child.communicate(timeout=30)
+            assert time.monotonic() - began < 8
+        finally:
+            child.kill()
+            child.wait()
+
+    assert child.returncode == 128 + number
+    assert len(err.splitlines()) == 1
+    assert os.listdir(target) == []
+
+
+def test_two_at_once_agree(model: str, tmp_path: Path) -> None:
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(Storage.download(model, str(tmp_path))))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert found == [str(tmp_path)] * 4
+    assert tree(tmp_path) == MODEL
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "empty", "weights"]
