@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,25 @@ def fill(spool: Spool, *numbers: int, size: int = 0) -> None:
         spool.append(observation(number, size))
 
 
+def fill_up(spool: Spool, make: Callable[[int], records.Report]) -> list[int]:
+    """Report until nothing fits any more, and return what was taken."""
+    taken: list[int] = []
+    with contextlib.suppress(InsufficientSpaceError):
+        while spool.append(make(len(taken))):
+            taken.append(len(taken))
+    return taken
+
+
 def deliver(spool: Spool, store: Path) -> None:
     empty(sender_to(spool, store, most=3))
 
 
 def segments(folder: Path) -> list[Path]:
     return sorted((folder / "segments").iterdir())
+
+
+def _same(boot: str | None) -> str | None:
+    return boot
 
 
 def once(*numbers: int) -> dict[int, int]:
@@ -99,7 +113,7 @@ def test_what_a_later_release_adds_to_a_record_is_left_alone() -> None:
 
 @pytest.mark.parametrize("change", [{"number": 0}, {"time": "now"}, {"payload": 1}, {"step": "1"}])
 def test_a_record_that_makes_no_sense_is_damaged(change: dict[str, object]) -> None:
-    document = {"number": 1, **records.report("dance", {}).document(), **change}
+    document: dict[str, Any] = {"number": 1, **records.report("dance", {}).document(), **change}
     with pytest.raises(IntegrityError, match="here"):
         Record.parse(document, CLIENT, "f00d", "here")
 
@@ -116,7 +130,8 @@ def test_numbers_that_are_not_finite_are_kept() -> None:
 
 def test_scalars_and_arrays_of_numpy_become_numbers() -> None:
     numpy = pytest.importorskip("numpy")
-    said = records.telemetry("t", {"a": numpy.float32(0.5), "b": numpy.arange(3), 4: (1, None)})
+    payload: Any = {"a": numpy.float32(0.5), "b": numpy.arange(3), 4: (1, None)}
+    said = records.telemetry("t", payload)
     assert said.payload == {"a": 0.5, "b": [0, 1, 2], "4": [1, None]}
     assert records.metric({"a": numpy.int64(3)}).payload == {"a": 3.0}
 
@@ -199,7 +214,7 @@ def test_another_boot_begins_another_stream(
 ) -> None:
     streams = set()
     for boot in ("one", "one", "two", None, None):
-        monkeypatch.setattr(files, "boot_id", lambda boot=boot: boot)
+        monkeypatch.setattr(files, "boot_id", partial(_same, boot))
         spool = open_spool(folder)
         fill(spool, spool.last)
         streams.add(spool._stream)
@@ -357,12 +372,10 @@ _HOLD = """
 import os, sys, time
 from storage.integrations.scaleout.spool import Spool
 spool = Spool(sys.argv[1], "edge/1")
-if sys.argv[2] == "fork" and os.fork():
-    # Only the child lives on, with what it inherited.
-    print(os.getpid(), flush=True)
-    time.sleep(600)
-elif sys.argv[2] != "fork":
-    print(os.getpid(), flush=True)
+holder = os.getpid()
+# The child lives on, with what it inherited.
+if sys.argv[2] == "plain" or not os.fork():
+    print(holder, flush=True)
 time.sleep(600)
 """
 
@@ -445,16 +458,15 @@ def test_a_record_that_is_too_long_is_refused_before_it_is_written(folder: Path)
 
 def test_a_full_spool_says_so_and_telemetry_first(folder: Path, store: Path) -> None:
     spool = open_spool(folder, max_bytes=10_000)
-    with pytest.raises(InsufficientSpaceError, match="of 7500 bytes for a telemetry"):
-        fill(spool, *range(100))
-    taken = spool.last
+    fill_up(spool, observation)
     assert 7000 < spool.used <= 7500
+    with pytest.raises(InsufficientSpaceError, match="of 7500 bytes for a telemetry"):
+        spool.append(observation(0))
     # What is told of the training fits still.
-    with pytest.raises(InsufficientSpaceError, match="of 10000 bytes for a status"):
-        while spool.append(records.status("working")):
-            pass
+    assert fill_up(spool, records.status)
     assert 9500 < spool.used <= 10_000
-    assert spool.last > taken
+    with pytest.raises(InsufficientSpaceError, match="of 10000 bytes for a status"):
+        spool.append(records.status(0))
     everything = Outgoing(spool).next(10**6)
     assert everything is not None
     sender = sender_to(spool, store)
@@ -465,16 +477,15 @@ def test_a_full_spool_says_so_and_telemetry_first(folder: Path, store: Path) -> 
 
 def test_nothing_is_lost_on_a_full_disk(full_disk: Path, store: Path) -> None:
     spool = Spool(full_disk / "spool", CLIENT, segment_bytes=200_000)
-    taken = []
+    taken = fill_up(spool, lambda number: observation(number, 50_000))
     with pytest.raises(InsufficientSpaceError, match="was not taken"):
-        while spool.append(observation(len(taken), 50_000)):
-            taken.append(len(taken))
+        spool.append(observation(0, 50_000))
     # Not even a byte more fits, and the spool is delivered all the same.
-    with open(full_disk / "rest", "wb", buffering=0) as rest:
-        with pytest.raises(OSError, match="No space"):
-            while rest.write(bytes(4096)):
-                pass
-        deliver(spool, store)
+    with open(full_disk / "rest", "wb", buffering=0) as rest, contextlib.suppress(OSError):
+        while rest.write(bytes(4096)):
+            pass
+    assert os.statvfs(full_disk).f_bavail == 0
+    deliver(spool, store)
     fill(spool, 1000)
     deliver(spool, store)
     assert delivered(store) == once(*taken, 1000)
