@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
+import json
 import os
 import subprocess
 import tarfile
@@ -15,7 +15,9 @@ import pytest
 
 from storage.backends.base import ByteRange
 from storage.backends.oci import layers as layers_module
+from storage.backends.oci.manifests import Manifest
 from storage.config import OCIConfig
+from storage.digest import Digest
 from storage.errors import (
     IntegrityError,
     InvalidInput,
@@ -454,17 +456,9 @@ def test_nothing_can_be_written(push: Pusher) -> None:
             backend.sign("config.json", "GET", 60)
 
 
-def test_a_manifest_that_is_none_is_told(push: Pusher, oci_registry: Registry) -> None:
-    pushed = push.image("v1", BASE)
-
-    def alter(path: str, body: bytes) -> bytes:
-        return b"<html>" if "/manifests/" in path else body
-
-    assert pushed
-    with Gate(oci_registry, alter=alter) as gate:
-        with opened(push.uri(":v1", gate.host)) as backend, pytest.raises(StorageError) as caught:
-            list(backend.list())
-    assert isinstance(caught.value, IntegrityError)
+def test_a_manifest_of_an_older_kind_is_told() -> None:
+    with pytest.raises(StorageError, match="none of an image or artifact"):
+        Manifest.parse({"schemaVersion": 1}, Digest("sha256", "0" * 64), "oci://x/y")
 
 
 def test_images_of_another_program_are_read(push: Pusher, tmp_path: Path) -> None:
@@ -492,6 +486,7 @@ def test_images_of_another_program_are_read(push: Pusher, tmp_path: Path) -> Non
     run("insert", *rootless, "--image", image, "--opaque", str(other), "/models/sub2")
     _push_layout(push, layout, "v1")
     with opened(push.uri(":v1")) as backend:
+        # Its layers end without the mark of the end.
         assert tree_of(backend) == {
             "model.bin": b"m" * 100_000,
             "same.bin": b"m" * 100_000,
@@ -502,8 +497,6 @@ def test_images_of_another_program_are_read(push: Pusher, tmp_path: Path) -> Non
 
 
 def _push_layout(push: Pusher, layout: Path, tag: str) -> None:
-    import json
-
     index = json.loads((layout / "index.json").read_text())
     (entry,) = index["manifests"]
 
@@ -516,6 +509,3 @@ def _push_layout(push: Pusher, layout: Path, tag: str) -> None:
     for descriptor in (manifest["config"], *manifest["layers"]):
         push.blob(read(descriptor["digest"]), descriptor["mediaType"])
     push.manifest({key: manifest[key] for key in ("config", "layers")}, tag)
-    assert any(
-        io.BytesIO(read(layer["digest"])).read(2) == b"\x1f\x8b" for layer in manifest["layers"]
-    )

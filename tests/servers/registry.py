@@ -105,6 +105,7 @@ class Gate:
         tokens: bool = False,
         realm_host: str = HOST,
         blobs_elsewhere: bool = False,
+        drop_ranges: bool = False,
         alter: Callable[[str, bytes], bytes] | None = None,
         refuse: Callable[[str, str], tuple[int, Mapping[str, str]] | None] | None = None,
     ) -> None:
@@ -115,6 +116,7 @@ class Gate:
             tokens: whether a token is demanded.
             realm_host: the host at which tokens are given.
             blobs_elsewhere: whether blobs are redirected.
+            drop_ranges: whether ranges are not served.
             alter: changes the body of an answer, of the path and the body.
             refuse: status and headers to answer a method and a path with instead of passing on.
         """
@@ -122,6 +124,7 @@ class Gate:
         self.tokens = tokens
         self.realm_host = realm_host
         self.blobs_elsewhere = blobs_elsewhere
+        self.drop_ranges = drop_ranges
         self.alter = alter
         self.refuse = refuse
         self.valid = {"token-1"}
@@ -215,7 +218,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self, path: str) -> None:
         registry = self.server.gate.registry
-        wanted = {name: self.headers[name] for name in ("Accept", "Range") if name in self.headers}
+        names = ("Accept",) if self.server.gate.drop_ranges else ("Accept", "Range")
+        wanted = {name: self.headers[name] for name in names if name in self.headers}
         with closing(http.client.HTTPConnection(HOST, registry.port, timeout=_TIMEOUT)) as behind:
             behind.request(self.command, path, headers=wanted)
             answer = behind.getresponse()

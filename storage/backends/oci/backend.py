@@ -48,6 +48,7 @@ from storage.errors import (
     ObjectChangedError,
     StorageError,
     TransientError,
+    UnsupportedOperation,
 )
 from storage.uri import Location
 
@@ -208,7 +209,11 @@ class OCIBackend(ReadOnlyBackend):
     def _head(self, where: str) -> tuple[Digest | None, bool]:
         """Return the digest that the registry tells, if it does, and whether it is of an index."""
         url = self.session.manifest_url(self._reference)
-        response = self.session.ask("HEAD", url, where, {"Accept": ACCEPT})
+        try:
+            response = self.session.ask("HEAD", url, where, {"Accept": ACCEPT})
+        except (ModelMissingError, UnsupportedOperation):
+            # A GET tells why, or answers where there is no HEAD.
+            return None, False
         response.close()
         kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
         digest = _digest_told(response)
