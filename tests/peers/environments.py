@@ -82,7 +82,7 @@ FOR_SCALEOUT_CLIENT = (
     *("click>=8.1", "filelock>=4.0.9", "psutil", "pyjwt>=2.10", "pyyaml>=6", "requests>=2.31"),
     "urllib3>=2.6",
 )
-"""For an environment with ``scaleout`` 1.1.0 and ``scaleoututil`` 1.1.0, both without their pins."""
+"""For an environment with ``scaleout`` and ``scaleoututil``, both without their pins."""
 
 ARKINDEX = Release("arkindex-base-worker==0.6.0")
 """The newest; its ``create_archive`` gives three values."""

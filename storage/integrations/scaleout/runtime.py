@@ -26,7 +26,7 @@ from storage.errors import (
     UnsupportedScheme,
     one_line,
 )
-from storage.integrations.scaleout import records
+from storage.integrations.scaleout import layout, records
 from storage.integrations.scaleout.binding import Binding, Options, mark
 from storage.integrations.scaleout.classes import scaleout_classes
 from storage.integrations.scaleout.handlers import Handlers
@@ -51,6 +51,7 @@ _log = logging.getLogger(__name__)
 _FOLDER = os.path.join(".scaleout", "storage")
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 _TICK = 0.5
+_TO_THE_UNREACHABLE = 1.0
 
 
 class StorageRuntime:
@@ -254,6 +255,7 @@ class StorageRuntime:
             client_id = told.get("client_id") or self._client.client_id
             if not client_id:
                 raise InvalidInput("the client has no id; expected client_id in json")
+            layout.check_client(client_id)
             self._client.set_client_id(client_id)
             self._client.set_name(told.get("name") or self._client.name or client_id)
             if not self._is_offline():
@@ -637,11 +639,15 @@ class StorageRuntime:
         assert self._binding is not None
         self._client.stop_default_telemetry_loop()
         self._runner.stop(self._shutdown_timeout)
-        polling.stop(self._shutdown_timeout)
+        # A store that does not answer is not waited for: all is on the disk.
+        timeout = self._shutdown_timeout
+        if polling.is_reachable is False:
+            timeout = min(timeout, _TO_THE_UNREACHABLE)
+        polling.stop(timeout)
         with self._lock:
             binding, self._binding = self._binding, None
             self._stop.clear()
-        if not binding.close(self._shutdown_timeout):
+        if not binding.close(timeout):
             _log.warning("some of what this client made is not in the store yet; it is kept")
 
 

@@ -317,7 +317,7 @@ class TaskRunner:
             ended, response = COMPLETED, done.response
         except self._classes.StoppedException as exc:
             ended, response = INTERRUPTED, {"msg": str(exc)}
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 -- a callback may raise anything
             _log.warning("task %s failed: %s", running.entry.id, one_line(exc), exc_info=True)
             ended, response = FAILED, {"error": one_line(exc) or type(exc).__name__}
         result = Result(ended, response, self._client_id, running.started, datetime.now(UTC))

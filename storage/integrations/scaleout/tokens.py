@@ -34,7 +34,7 @@ def with_token(client: StorageClient, location: Location, config: Any, token: st
     if token is None:
         return config
     applies = client.resolve_config(location, config)
-    kind = config_class(location.type) if applies is None else type(applies)
+    kind: Any = config_class(location.type) if applies is None else type(applies)
     if kind is None or _FIELD not in kind.model_fields:
         _log.warning("%s takes no token; the client's is kept and not used", location)
         return config

@@ -62,9 +62,9 @@ class Client:
         task = self.runtime.get_current_task_id()
         self.note("train", task, model.model_id, context.round_id, context.session_id)
         weights = model.get_training_model(self.helper)
-        for step in range(3):
-            self.edge.log_metric({"loss": 1.0 / (step + 1)})
         try:
+            for step in range(3):
+                self.edge.log_metric({"loss": 1.0 / (step + 1)})
             self.held(settings)
         except Exception as exc:
             self.note("stopped", task, type(exc).__name__, exc)
@@ -124,6 +124,36 @@ def stop(client_id):
     client.thread.join(WAIT)
     assert not client.thread.is_alive()
     return client.failure
+
+
+def run_here(client_id, uri, folder, log, options):
+    """Run a client on the main thread, as programs do, until a signal ends it."""
+    client = clients[client_id] = Client(uri, client_id, folder, log, options)
+    client.run()
+    return client.failure
+
+
+def contract():
+    """Return what differs between the runtime and what an ``EdgeClient`` may ask of one."""
+    import inspect
+
+    from scaleout.client.edge_client import EdgeClientRuntime
+
+    from storage.integrations.scaleout import StorageRuntime
+
+    differences = []
+    for name, theirs in vars(EdgeClientRuntime).items():
+        if name.startswith("_"):
+            continue
+        ours = inspect.getattr_static(StorageRuntime, name, None)
+        if isinstance(theirs, property):
+            if not isinstance(ours, property):
+                differences.append(name)
+        elif ours is None or list(inspect.signature(ours).parameters) != list(
+            inspect.signature(theirs).parameters
+        ):
+            differences.append(name)
+    return differences
 
 
 def log(client_id, metrics=(), attributes=None, telemetry=None, step=0):

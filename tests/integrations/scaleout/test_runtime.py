@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from storage import GCSConfig, StorageClient
+from storage.integrations.scaleout.tokens import access_token, with_token
+from storage.uri import parse_uri
 from tests.integrations.scaleout.support import Fleet, until
 
 
@@ -46,14 +54,16 @@ def test_a_client_stages_infers_trains_and_validates(fleet: Fleet) -> None:
     assert inference.payload["value"] == 21.0
     assert {each.kind for each in found} >= {"status"}
     summary = board.reports.check()
-    assert (summary.duplicates, summary.gaps, summary.damaged) == (0, 0, 0)
+    assert (summary.duplicates, summary.missing, summary.damaged) == (0, 0, 0)
 
 
 def test_what_a_client_cannot_do_is_said(fleet: Fleet) -> None:
     board, seed = fleet.board, fleet.seed("seed")
     fleet.start("edge-1")
     tasks = {
-        "no such weather": board.submit("train", seed, {"fail": "no such weather"}, client="edge-1"),
+        "no such weather": board.submit(
+            "train", seed, {"fail": "no such weather"}, client="edge-1"
+        ),
         "there is no model missing": board.submit("validate", "missing", client="edge-1"),
         "missing not found": board.submit("stage", "missing", client="edge-1"),
         "unknown type of task: Custom_dance": board.submit("custom", name="dance", client="edge-1"),
@@ -133,7 +143,14 @@ def test_priority_classes_are_kept_and_alerts_do_not_wait(fleet: Fleet) -> None:
     peer = fleet.start("edge-1")
     names, refused, kept, is_left = peer("priorities", client_id="edge-1")
     assert names["own"] == 95
-    assert names.keys() >= {"alert", "model_update", "telemetry", "inference", "artifact", "backlog"}
+    assert names.keys() >= {
+        "alert",
+        "model_update",
+        "telemetry",
+        "inference",
+        "artifact",
+        "backlog",
+    }
     assert refused == ["ValueError", "KeyError", "KeyError"]
     assert kept
     assert not is_left
@@ -162,3 +179,45 @@ def test_reports_outside_of_tasks_have_the_context_that_they_are_given(fleet: Fl
         ("telemetry", "cpu", None, {"value": 0.9}),
     ]
     assert {each.task_id for each in found} == {None}
+
+
+def test_the_runtime_has_all_that_a_client_may_ask_of_it(fleet: Fleet) -> None:
+    assert fleet.process()("contract") == []
+
+
+def test_a_signal_ends_a_client_in_good_order(fleet: Fleet) -> None:
+    peer = fleet.process()
+    options = {"poll_interval": 0.2, "heartbeat_interval": 0.2}
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(
+            peer,
+            "run_here",
+            client_id="edge-1",
+            uri=fleet.uri,
+            folder=fleet.folder / "state",
+            log=fleet.log,
+            options=options,
+        )
+        task = fleet.board.submit("custom", name="calibrate", client="edge-1")
+        assert fleet.board.wait(task, 60).is_completed
+        os.kill(peer._process.pid, signal.SIGTERM)
+        assert ended.result(60) is None
+    (status,) = fleet.board.clients()
+    assert status.is_stopped
+    assert status.pending_results == 0
+
+
+def test_a_token_is_for_stores_that_take_one(tmp_path: Path) -> None:
+    client = StorageClient()
+    gcs = parse_uri("gs://bucket/fleet")
+    config = with_token(client, gcs, None, "the token")
+    assert isinstance(config, GCSConfig)
+    assert access_token(client, gcs, config) == "the token"
+    endpoint = "http://127.0.0.1:1"
+    config = with_token(client, gcs, {"endpoint_url": endpoint, "token": "old"}, "the token")
+    assert access_token(client, gcs, config) == "the token"
+    assert config.endpoint_url == endpoint
+    assert with_token(client, gcs, {"token": "old"}, None) == {"token": "old"}
+    for uri in ("s3://bucket/fleet", str(tmp_path)):
+        assert with_token(client, parse_uri(uri), None, "the token") is None
+        assert access_token(client, parse_uri(uri), None) is None

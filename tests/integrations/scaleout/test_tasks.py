@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from storage.errors import InvalidInput, ModelMissingError
+from storage.integrations.scaleout import layout
+from storage.integrations.scaleout.documents import Claim, SignOfLife
+from storage.integrations.scaleout.layout import TaskEntry
 from tests.integrations.scaleout.support import Fleet, kill, until
 
 
@@ -35,9 +39,7 @@ def test_a_task_of_a_killed_client_is_done_by_its_next_process(fleet: Fleet, hol
     assert len(list(fleet.board.results())) == 1
 
 
-def test_a_client_that_stops_leaves_its_tasks_to_its_next_process(
-    fleet: Fleet, hold: Path
-) -> None:
+def test_a_client_that_stops_leaves_its_tasks_to_its_next_process(fleet: Fleet, hold: Path) -> None:
     seed = fleet.seed("seed", 1.0)
     first = fleet.start("edge-1")
     task = fleet.board.submit("train", seed, {"hold": str(hold)}, client="edge-1")
@@ -62,9 +64,7 @@ def test_a_task_under_way_is_stopped(fleet: Fleet, hold: Path) -> None:
     fleet.board.abort(task)
     result = fleet.board.wait(task, 60)
     assert (result.status, result.response) == ("INTERRUPTED", {"msg": "Aborted by server"})
-    assert fleet.lines("stopped") == [
-        [task.id, "StoppedException", "Aborted", "by", "server"]
-    ]
+    assert fleet.lines("stopped") == [[task.id, "StoppedException", "Aborted", "by", "server"]]
     assert fleet.board.tasks() == []
 
 
@@ -79,6 +79,37 @@ def test_a_task_that_nobody_began_is_stopped_at_once(fleet: Fleet) -> None:
     after = fleet.board.submit("validate", seed, client="edge-1")
     assert fleet.board.wait(after, 60).is_completed
     assert fleet.lines("train") == []
+
+
+def test_a_task_begun_on_another_machine_is_left_to_it_until_it_is_silent(fleet: Fleet) -> None:
+    task = fleet.board.submit("custom", name="calibrate", client="edge-1")
+    entry = TaskEntry(task.id, task.client)
+    store = fleet.board._store
+    elsewhere = "0123456789abcdef-01234567-1-4711-1-89abcdef"
+    sign = SignOfLife("the edge-1", "another folder", False, (task.id,), 0, 0)
+    store.replace(layout.sign_of_life("edge-1", elsewhere), sign.dumps())
+    assert store.create(entry.claimed(1), Claim("edge-1", elsewhere, "another folder").dumps())
+    begun = time.monotonic()
+    fleet.start("edge-1", silence=4.0)
+    assert fleet.board.wait(task, 60).is_completed
+    # The store's clock counts in seconds.
+    assert time.monotonic() - begun > 2.0
+    assert len(fleet.lines("calibrated")) == 1
+    names = store.names(layout.clients_folder("edge-1"))
+    fleet.board.remove_ended()
+    assert store.names(layout.TASKS) == []
+    assert layout.sign_of_life("edge-1", elsewhere) in names
+
+
+def test_a_damaged_task_fails_and_stops_no_other(fleet: Fleet) -> None:
+    damaged = fleet.board.submit("custom", name="calibrate", client="edge-1")
+    fleet.board._store.replace(TaskEntry(damaged.id, damaged.client).request, b'{"format":1}')
+    whole = fleet.board.submit("custom", name="calibrate", client="edge-1")
+    fleet.start("edge-1")
+    assert fleet.board.wait(whole, 60).is_completed
+    result = fleet.board.wait(damaged, 60)
+    assert result.status == "FAILED"
+    assert "is damaged" in result.response["error"]
 
 
 def test_two_clients_share_tasks_and_each_is_done_once(fleet: Fleet) -> None:
