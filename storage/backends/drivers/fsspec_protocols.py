@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 from storage.backends.base import Buffer, Capabilities, ObjectInfo
 from storage.backends.drivers.fsspec import MIB, FsspecBackend
 from storage.backends.drivers.fsspec_parts import Source
+from storage.backends.drivers.fsspec_webhdfs import WebHdfsBackend
 from storage.errors import InvalidInput
 
 __all__ = ["CLASSES", "FtpBackend", "SftpBackend", "WebdavBackend"]
@@ -273,4 +274,5 @@ CLASSES: dict[str, type[FsspecBackend]] = {
     "ssh": SftpBackend,
     "webdav": WebdavBackend,
     "webdavs": WebdavBackend,
+    "webhdfs": WebHdfsBackend,
 }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from storage.config.base import ConfigModel
     from storage.integrations.kserve.environment import Environment
 
-__all__ = ["hdfs_options", "hdfs_source"]
+__all__ = ["hdfs_source"]
 
 _SECRET_FOLDER = "/var/secrets/kserve-hdfscreds"
 _SCHEMES = ("hdfs", "webhdfs")
@@ -43,8 +43,10 @@ _PORTS = {"http": 9870, "https": 9871}
 
 def hdfs_source(
     uri: str, environment: Environment, held: ExitStack
-) -> tuple[str, ConfigModel] | None:
-    """Return the URI and the config of a source in HDFS; ``None`` if it is in another store.
+) -> tuple[str, list[ConfigModel]] | None:
+    """Return the URI of a source in HDFS and a config for each name node.
+
+    It is ``None`` if the source is in another store.
 
     Args:
         uri: such as ``hdfs://user/me/model``, which is the path ``/user/me/model``.
@@ -61,25 +63,28 @@ def hdfs_source(
     secret = _secret(environment, held)
     if not path.strip("/"):
         raise InvalidInput(f"{uri}: there is no path; expected hdfs://path/of/the/model")
-    address, options = hdfs_options(secret)
+    # Of a cluster that fails over there are several, and only one of them answers.
+    nodes = [node for node in secret.get("HDFS_NAMENODE", "").split(";") if node.strip()]
+    options = [_options(secret, node.strip()) for node in nodes or [""]]
     root = secret.get("HDFS_ROOTPATH", "").strip().rstrip("/")
     path = f"{root}/{path.lstrip('/')}" if root else f"/{path.lstrip('/')}"
     from storage.config import FsspecConfig
 
-    return f"webhdfs://{address}{path}", FsspecConfig(options)
+    host, port = options[0]["host"], options[0]["port"]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"webhdfs://{address}{path}", [FsspecConfig(each) for each in options]
 
 
-def hdfs_options(secret: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """Return the address of the name node, and the arguments of fsspec's ``WebHDFS``.
+def _options(secret: Mapping[str, str], text: str) -> dict[str, Any]:
+    """Return the arguments of fsspec's ``WebHDFS`` for a name node.
 
     Args:
         secret: KServe's keys; of those that are files, the paths.
+        text: URL of the name node's web service.
 
     Raises:
-        ConfigurationError: a key is missing or holds what it may not.
+        ConfigurationError: a key holds what it may not.
     """
-    # Several of a cluster that fails over are separated by semicolons; the first one is asked.
-    text = secret.get("HDFS_NAMENODE", "").partition(";")[0].strip()
     parts = urlsplit(text if "://" in text else f"http://{text}")
     try:
         host, port = parts.hostname, parts.port
@@ -90,7 +95,11 @@ def hdfs_options(secret: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
             "the secret of HDFS: HDFS_NAMENODE is the URL of the name node's web service, such as "
             "https://namenode.example:9871, and it is something else"
         )
-    options: dict[str, Any] = {"use_https": parts.scheme == "https"}
+    options: dict[str, Any] = {
+        "host": host,
+        "port": port or _PORTS[parts.scheme],
+        "use_https": parts.scheme == "https",
+    }
     if user := secret.get("USER_PROXY", "").strip():
         options["proxy_to"] = user
     certificate = secret.get("TLS_CERT")
@@ -108,8 +117,7 @@ def hdfs_options(secret: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
         options["kerb_kwargs"] = {"principal": principal}
         if keytab := secret.get("KERBEROS_KEYTAB"):
             options["keytab"] = keytab
-    shown = f"[{host}]" if ":" in host else host
-    return f"{shown}:{port or _PORTS[parts.scheme]}", options
+    return options
 
 
 def _headers(text: str) -> dict[str, str]:

@@ -103,7 +103,7 @@ def bring(wish: Wish, environment: Environment) -> str:
             f"{CLAIMS_FOLDER}; check the path, and that the claim is mounted",
         )
     with ExitStack() as held:
-        uri, config = hdfs_source(wish.uri, environment, held) or (wish.uri, None)
+        uri, nodes = hdfs_source(wish.uri, environment, held) or (wish.uri, None)
         location = parse_uri(uri)
         if location.scheme == "file":
             raise ModelMissingError(
@@ -114,8 +114,8 @@ def bring(wish: Wish, environment: Environment) -> str:
         authorities = held.enter_context(Authorities(environment))
         client = held.enter_context(StorageClient(settings=environment.settings(location)))
         configs: Iterator[ConfigModel | None]
-        if config is not None:
-            configs = iter((config,))
+        if nodes is not None:
+            configs = iter(nodes)
         elif client.settings.store_for(location) is not None:
             configs = iter((None,))  # the settings name the store, and they go first
         else:
@@ -124,7 +124,10 @@ def bring(wish: Wish, environment: Environment) -> str:
             # Checked before it is linked to: no link in the claim leads out of it.
             options = DownloadOptions(config=next(configs))
             return _link(wish, Download(client, location, options).run(None))
-        return _Source(wish, location, client, configs).bring()
+        source = _Source(wish, location, client, configs)
+        if nodes is not None:
+            source.refusals = (StorageError,)
+        return source.bring()
 
 
 # -- on this machine ---------------------------------------------------------------------------
@@ -251,6 +254,8 @@ class _Source:
         self._configs = configs
         self._config: ConfigModel | None = None
         self._patterns = wish.patterns
+        # What leads to the next config.
+        self.refusals: tuple[type[StorageError], ...] = (AuthenticationError, ModelMissingError)
 
     def bring(self) -> str:
         """Bring it to its folder; return that."""
@@ -279,13 +284,12 @@ class _Source:
             try:
                 return self._plan_with(config)
             except StorageError as exc:
-                if refusal is not None:
-                    break  # what was tried without being asked for is nobody's failure
-                if offline == "auto" and isinstance(exc, UnreachableError):
+                if offline == "auto" and refusal is None and isinstance(exc, UnreachableError):
                     return None
-                if not isinstance(exc, (AuthenticationError, ModelMissingError)):
-                    raise
-                refusal = exc
+                # What was tried besides is nobody's failure: the first word counts.
+                refusal = refusal or exc
+                if not isinstance(exc, self.refusals):
+                    break
         assert refusal is not None
         raise refusal
 

@@ -1,0 +1,101 @@
+"""HDFS over HTTP, through fsspec's ``webhdfs``: what a gateway and a secured cluster need besides.
+
+Two options are more than fsspec has: ``headers`` go with requests to the name node's own host, and
+``keytab`` is a Kerberos key for the ``principal`` of ``kerb_kwargs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from storage.backends.drivers.fsspec import FsspecBackend
+from storage.errors import ConfigurationError, one_line
+
+if TYPE_CHECKING:
+    from requests import PreparedRequest, Response
+
+__all__ = ["WebHdfsBackend"]
+
+
+class WebHdfsBackend(FsspecBackend):
+    """Files of HDFS. Redirections to data nodes carry no headers of the user's."""
+
+    def _defaults(self) -> dict[str, Any]:
+        return {"timeout": (self._options.connect_timeout, self._options.stall_timeout)}
+
+    def _implementation(self) -> type[Any]:
+        plain: Any = super()._implementation()
+        careful: type[Any] = _careful(plain)
+        return careful
+
+    def _disconnect(self, fs: Any) -> None:
+        fs.session.close()
+
+
+@cache
+def _careful(cls: Any) -> Any:
+    import requests
+
+    class Session(requests.Session):
+        def __init__(self, fs: Any) -> None:
+            super().__init__()
+            self._timeout, self._verify, self._own = fs.timeout, fs.session_verify, fs.headers
+            self._origin = _origin(fs.url)
+            # It would mix passwords of ~/.netrc, and authorities of the environment, with these.
+            self.trust_env = False
+            self.cert, self.auth = fs.session.cert, fs.session.auth
+            self.proxies = requests.utils.get_environ_proxies(fs.url)
+
+        def request(self, method: Any, url: Any, **options: Any) -> Response:  # type: ignore[override]
+            if _origin(url) == self._origin:
+                options["headers"] = {**self._own, **(options.get("headers") or {})}
+            options.setdefault("timeout", self._timeout)
+            return super().request(method, url, verify=self._verify, **options)
+
+        def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
+            super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
+            if _origin(prepared_request.url or "") != self._origin:
+                for name in self._own:
+                    prepared_request.headers.pop(name, None)
+
+    class WebHdfs(cls):  # type: ignore[misc]  # a class that is known only now
+        def __init__(
+            self,
+            *args: Any,
+            headers: Mapping[str, str] | None = None,
+            keytab: str | None = None,
+            timeout: Any = None,
+            **options: Any,
+        ) -> None:
+            self.headers, self.timeout = dict(headers or {}), timeout
+            if keytab is not None:
+                options["kerb_kwargs"] = _with_keytab(options.get("kerb_kwargs") or {}, keytab)
+            super().__init__(*args, **options)
+
+        def _connect(self) -> None:
+            super()._connect()
+            plain: Any = self.session
+            self.session: Any = Session(self)
+            plain.close()
+
+    return WebHdfs
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme.lower(), parts.netloc.lower()
+
+
+def _with_keytab(arguments: Mapping[str, Any], keytab: str) -> dict[str, Any]:
+    try:
+        import spnego  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as exc:
+        raise ConfigurationError(
+            f"a Kerberos key needs the packages requests-kerberos and gssapi ({one_line(exc)}); "
+            "run: pip install requests-kerberos gssapi"
+        ) from exc
+    credential = spnego.KerberosKeytab(keytab=keytab, principal=arguments.get("principal"))
+    return {**arguments, "principal": credential}
