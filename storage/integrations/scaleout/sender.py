@@ -258,7 +258,8 @@ class Sender:
             except StorageError as exc:
                 self._refuse(batch, exc)
                 raise
-            self._succeeded()
+            self._refused = 0
+            self._answered()
         if self._aside and time.monotonic() >= self._aside_at:
             self._retry_aside()
         return batch is not None
@@ -293,8 +294,7 @@ class Sender:
                 "else wrote it; remove it"
             )
 
-    def _succeeded(self) -> None:
-        self._refused = 0
+    def _answered(self) -> None:
         with self._changed:
             self._error = None
             self._reachable = True
@@ -351,6 +351,7 @@ class Sender:
                         raise
                     continue
                 self._outgoing.settle_aside(name, data)
+                self._answered()
                 self._aside_delay = _ASIDE_WAIT
             with self._changed:
                 self._rounds += 1
