@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -87,9 +88,12 @@ class Pusher:
     repository: str
     host: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
+    _there: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, registry: Registry, repository: str, **headers: str) -> Pusher:
+    def of(cls, registry: Registry, name: str, **headers: str) -> Pusher:
+        """Return one for a repository that is called like ``name``."""
+        repository = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         return cls(registry.port, repository, registry.host, headers)
 
     def uri(self, reference: str = "", host: str = "") -> str:
@@ -108,11 +112,13 @@ class Pusher:
 
     def blob(self, data: bytes, media_type: str, **annotations: str) -> Descriptor:
         """Push a blob and return its descriptor."""
-        _, headers = self._call("POST", f"/v2/{self.repository}/blobs/uploads/")
-        location = headers["Location"].partition(str(self.port))[2] or headers["Location"]
-        query = urlencode({"digest": sha256(data)})
-        kind = {"Content-Type": "application/octet-stream"}
-        self._call("PUT", f"{location}{'&' if '?' in location else '?'}{query}", data, **kind)
+        if sha256(data) not in self._there:
+            _, headers = self._call("POST", f"/v2/{self.repository}/blobs/uploads/")
+            location = headers["Location"].partition(str(self.port))[2] or headers["Location"]
+            query = urlencode({"digest": sha256(data)})
+            kind = {"Content-Type": "application/octet-stream"}
+            self._call("PUT", f"{location}{'&' if '?' in location else '?'}{query}", data, **kind)
+            self._there.add(sha256(data))
         found = {"mediaType": media_type, "digest": sha256(data), "size": len(data)}
         return found | ({"annotations": dict(annotations)} if annotations else {})
 

@@ -24,7 +24,7 @@ TREE = {"m": b"model"}
 
 
 def _push(registry: Registry, name: str, **headers: str) -> Pusher:
-    push = Pusher.of(registry, name.lower().replace("_", "-"), **headers)
+    push = Pusher.of(registry, name, **headers)
     push.artifact("v1", [push.blob(b"model", "application/octet-stream", **{TITLE: "m"})])
     return push
 

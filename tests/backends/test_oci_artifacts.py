@@ -45,7 +45,7 @@ CONTENT = "io.deis.oras.content.digest"
 @pytest.fixture
 def push(oci_registry: Registry, prefix: str) -> Pusher:
     """A repository of its own."""
-    return Pusher.of(oci_registry, prefix.lower().replace("_", "-"))
+    return Pusher.of(oci_registry, prefix)
 
 
 @pytest.fixture

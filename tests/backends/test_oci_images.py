@@ -46,7 +46,7 @@ Layers = list[list[Entry | tuple[str, bytes]]]
 @pytest.fixture
 def push(oci_registry: Registry, prefix: str) -> Pusher:
     """A repository of its own."""
-    return Pusher.of(oci_registry, prefix.lower().replace("_", "-"))
+    return Pusher.of(oci_registry, prefix)
 
 
 @pytest.fixture(autouse=True)

@@ -97,8 +97,14 @@ class OCIBackend(ReadOnlyBackend):
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         where = self.where(key)
-        _check_key(key, where)
-        found = self._now(where, version).find(key)
+        _check_key(key.removesuffix("/"), where)
+        # The tag or digest of the URI, too, is a version to whoever asks.
+        is_now = version in (None, self._location.version)
+        try:
+            content = self._now(where) if is_now else self._at(version or "", where)
+        except ObjectChangedError as exc:
+            raise ModelMissingError(where, f"{where}: there is no version {version}") from exc
+        found = content.find(key)
         if found is None:
             raise ModelMissingError(where)
         return self._told(found)
@@ -114,7 +120,7 @@ class OCIBackend(ReadOnlyBackend):
             if info.key.startswith(prefix):
                 found = True
                 yield self._told(info)
-        if not found and not prefix and content.is_image:
+        if not found and not prefix and content.has_layers:
             raise ModelMissingError(
                 where,
                 f"{where}: the image has no files in {self._folder}, where KServe and others "
@@ -179,17 +185,35 @@ class OCIBackend(ReadOnlyBackend):
             parts.append(f"folder={self._folder}")
         return ";".join(parts)
 
-    def _now(self, where: str, version: str | None = None) -> Content:
-        """Return what the tag means now, or what has ``version``."""
-        if version is not None and version != self._location.version:
-            return self._at(version, where)
+    def _now(self, where: str) -> Content:
+        """Return what the tag means now."""
         digest, is_index = self._head(where)
         if digest is not None:
             with self._lock:
                 known = self._contents.get(self._version(digest, is_index))
             if known is not None:
                 return known
-        return self._load(str(digest or self._reference), digest, where)
+        try:
+            return self._load(str(digest or self._reference), digest, where)
+        except BucketMissingError:
+            raise
+        except ModelMissingError:
+            self._check_repository(where)
+            raise
+
+    def _check_repository(self, where: str) -> None:
+        """Tell a missing repository from a missing tag; not all registries do.
+
+        Raises:
+            BucketMissingError: it is the repository.
+        """
+        try:
+            self.session.ask("GET", self.session.tags_url(), where).close()
+        except ModelMissingError as exc:
+            if isinstance(exc, BucketMissingError):
+                raise
+        except StorageError:
+            pass  # who may read one tag may not list them all
 
     def _at(self, version: str, where: str) -> Content:
         """Return what an earlier answer was about."""

@@ -41,7 +41,9 @@ class Content:
             UnsupportedOperation: a layer of an image cannot be read.
         """
         self.version = version
-        self.is_image = manifest.is_image
+        self.has_layers = manifest.is_image and bool(manifest.layers)
+        """Whether it is an image that has anything in it."""
+
         self.blobs: dict[str, Layer] = {}
         """Files that are blobs, by their paths."""
 

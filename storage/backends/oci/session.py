@@ -91,6 +91,11 @@ class RegistrySession:
         self._opened()
         return f"{self.scheme}://{self._container.get_blob_url(digest)}"
 
+    def tags_url(self) -> str:
+        """Return the address of the list of tags, of one of them."""
+        self._opened()
+        return f"{self.scheme}://{self._container.tags_url(N=1)}"
+
     def close(self) -> None:
         """Free the connections."""
         with self._lock:
