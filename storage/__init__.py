@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from storage.client.mirror.options import MirrorFailure, MirrorResult
     from storage.client.prefetch import PrefetchResult
     from storage.client.signatures import SignaturePolicy
+    from storage.client.watched import WatchedModel
+    from storage.client.watcher import ModelWatcher
     from storage.config import (
         AzureConfig,
         FsspecConfig,
@@ -84,6 +86,8 @@ _MODULES = {
     "storage.client.mirror.options": ("MirrorFailure", "MirrorResult"),
     "storage.client.prefetch": ("PrefetchResult",),
     "storage.client.signatures": ("SignaturePolicy",),
+    "storage.client.watched": ("WatchedModel",),
+    "storage.client.watcher": ("ModelWatcher",),
     "storage.config": (
         "AzureConfig",
         "FsspecConfig",
@@ -204,6 +208,7 @@ __all__ = [
     "UnreachableError",
     "UnsupportedOperation",
     "UnsupportedScheme",
+    "WatchedModel",
     "__version__",
     "tree_digest",
 ]

@@ -13,13 +13,14 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 __all__ = [
     "CancellationToken",
     "OperationCancelledError",
+    "also",
     "cancellable",
     "check",
     "current",
@@ -43,7 +44,7 @@ class CancellationToken:
         """Begin as not cancelled."""
         self._event = threading.Event()
         self._lock = threading.Lock()
-        self._linked: set[threading.Event] = set()
+        self._callbacks: list[Callable[[], object]] = []
         _tokens.add(self)
 
     @property
@@ -55,9 +56,9 @@ class CancellationToken:
         """Ask the work to end; returns at once."""
         with self._lock:
             self._event.set()
-            linked, self._linked = self._linked, set()
-        for event in linked:
-            event.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
 
     def check(self) -> None:
         """Do nothing, unless the work should end.
@@ -73,17 +74,23 @@ class CancellationToken:
         return self._event.wait(seconds)
 
     @contextmanager
-    def linked(self, event: threading.Event) -> Iterator[None]:
-        """Set ``event`` as soon as the work should end, as long as the block lasts."""
+    def calling(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Call ``callback`` as soon as the work should end, once, as long as the block lasts.
+
+        It must not wait for anything.
+        """
         with self._lock:
-            self._linked.add(event)
-        if self.cancelled:
-            event.set()
+            late = self.cancelled
+            if not late:
+                self._callbacks.append(callback)
+        if late:
+            callback()
         try:
             yield
         finally:
             with self._lock:
-                self._linked.discard(event)
+                if callback in self._callbacks:
+                    self._callbacks.remove(callback)
 
 
 _tokens: weakref.WeakSet[CancellationToken] = weakref.WeakSet()
@@ -96,13 +103,28 @@ def current() -> CancellationToken | None:
 
 
 @contextmanager
-def cancellable(token: CancellationToken) -> Iterator[None]:
-    """Make what runs in the block, and what it starts, end when ``token`` says so."""
+def cancellable(token: CancellationToken | None) -> Iterator[None]:
+    """Make what runs in the block, and what it starts, end when ``token`` says so.
+
+    With ``None`` nothing ends it, whatever it is a part of.
+    """
     before = _current.set(token)
     try:
         yield
     finally:
         _current.reset(before)
+
+
+@contextmanager
+def also(token: CancellationToken) -> Iterator[None]:
+    """Make what runs in the block end when ``token`` says so, or whoever started this."""
+    outer, both = _current.get(), CancellationToken()
+    with token.calling(both.cancel), cancellable(both):
+        if outer is None:
+            yield
+            return
+        with outer.calling(both.cancel):
+            yield
 
 
 def check() -> None:
@@ -136,7 +158,7 @@ def linked(event: threading.Event) -> Iterator[None]:
     if token is None:
         yield
         return
-    with token.linked(event):
+    with token.calling(event.set):
         yield
 
 

@@ -406,6 +406,20 @@ class ModelCache:
         with self.writing():
             return self.pins.remove(location)
 
+    def release(self, path: str) -> bool:
+        """Take back one of the leases that a download made for the path that it returned.
+
+        Returns:
+            Whether it is a path in this cache. What is there may be evicted once every download
+            that returned it was taken back.
+        """
+        for root in self.roots:
+            inside = os.path.relpath(path, root.layout.snapshots).split(os.sep)
+            if inside[0] != os.pardir:
+                self.leases.release(inside[0])
+                return True
+        return False
+
     def close(self) -> None:
         """Give up all that this process holds; what it got may then be evicted."""
         self.leases.close()
