@@ -7,11 +7,14 @@ Two options are more than fsspec has: ``headers`` go with requests to the name n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from storage.backends.base import ObjectInfo
 from storage.backends.drivers.fsspec import FsspecBackend
+from storage.backends.drivers.fsspec_parts import moment
 from storage.errors import ConfigurationError, one_line
 
 if TYPE_CHECKING:
@@ -31,6 +34,16 @@ class WebHdfsBackend(FsspecBackend):
         careful: type[Any] = _careful(plain)
         return careful
 
+    def _describe(self, key: str, raw: Mapping[str, Any]) -> ObjectInfo:
+        info = super()._describe(key, raw)
+        moved, number = raw.get("modificationTime"), raw.get("fileId")
+        if not moved:
+            return info
+        # A file of HDFS is written once or appended to, and one that replaces it has a number of
+        # its own. Gateways to other stores number nothing.
+        identity = f'"{number}-{moved}-{info.size}"' if number else f'W/"{moved}-{info.size}"'
+        return replace(info, etag=identity, modified=moment(int(moved) / 1000))
+
     def _disconnect(self, fs: Any) -> None:
         fs.session.close()
 
@@ -43,7 +56,7 @@ def _careful(cls: Any) -> Any:
         def __init__(self, fs: Any) -> None:
             super().__init__()
             self._timeout, self._verify, self._own = fs.timeout, fs.session_verify, fs.headers
-            self._origin = _origin(fs.url)
+            self._origin, self._kerberos = _origin(fs.url), bool(fs.kerb)
             # It would mix passwords of ~/.netrc, and authorities of the environment, with these.
             self.trust_env = False
             self.cert, self.auth = fs.session.cert, fs.session.auth
@@ -52,8 +65,15 @@ def _careful(cls: Any) -> Any:
         def request(self, method: Any, url: Any, **options: Any) -> Response:  # type: ignore[override]
             if _origin(url) == self._origin:
                 options["headers"] = {**self._own, **(options.get("headers") or {})}
+            elif not self._kerberos:
+                # The name node said who asks; a data node is not told the password.
+                options["auth"] = _unchanged
             options.setdefault("timeout", self._timeout)
-            return super().request(method, url, verify=self._verify, **options)
+            response = super().request(method, url, verify=self._verify, **options)
+            if _origin(url) != self._origin:
+                # fsspec takes whatever a data node answers for the content of a file.
+                response.raise_for_status()
+            return response
 
         def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
             super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
@@ -82,6 +102,10 @@ def _careful(cls: Any) -> Any:
             plain.close()
 
     return WebHdfs
+
+
+def _unchanged(request: PreparedRequest) -> PreparedRequest:
+    return request
 
 
 def _origin(url: str) -> tuple[str, str]:
