@@ -125,6 +125,8 @@ class Order:
     """Bytes that a file may have (RLIMIT_FSIZE)."""
 
     segment_bytes: int = 800
+    most: int = 3
+    """Records of a batch."""
 
 
 class Nursery:
@@ -204,7 +206,7 @@ def _work(order: Order) -> None:
     client = Wrapping(clock.wrap, settings=impatient())
     config = _config(order.config)
     spool = Spool(order.folder, CLIENT, durable=order.durable, segment_bytes=order.segment_bytes)
-    sender = sender_to(spool, order.uri, config, client, most=3)
+    sender = sender_to(spool, order.uri, config, client, most=order.most)
     if order.threaded:
         sender.start()
     for number in range(order.first, order.first + order.count):
