@@ -75,11 +75,12 @@ def initialize(*arguments: str, variables: Mapping[str, str] | None = None) -> R
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Return all files below a folder, links followed, hidden ones included."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    found = {}
+    for root, _, names in os.walk(folder, followlinks=True):
+        for name in sorted(names):
+            path = Path(root, name)
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return found
 
 
 def tar(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:

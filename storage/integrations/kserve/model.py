@@ -265,7 +265,7 @@ class _Source:
         if _is_usable(str(self._client.settings.cache_dir)):
             path = self._job(plan).run(None)
             return path if os.path.isdir(path) else os.path.dirname(path)
-        with translate_os_errors(tempfile.gettempdir()):
+        with translate_os_errors("a temporary folder"):
             folder = tempfile.mkdtemp(prefix="modelstorage-")
         try:
             return self._place(plan, folder)
