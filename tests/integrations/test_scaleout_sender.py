@@ -489,6 +489,27 @@ def test_a_batch_that_was_set_aside_and_is_damaged_is_told(
     assert (spool.damaged, sender.counts().aside) == (1, 0)
 
 
+def test_what_was_set_aside_is_not_sent_again_when_the_mark_is_lost(
+    spool: Spool, store: Path, gate: Gate
+) -> None:
+    gate.error = lambda key: AuthenticationError("403: no") if "/0000000000000003-" in key else None
+    sender = sender_to(spool, store, client=gate.client(), most=2)
+    fill(spool, 1, 2, 3, 4)
+    sender._step()
+    for _ in range(3):
+        with pytest.raises(AuthenticationError):
+            sender._step()
+    assert sender.counts().aside == 1
+    spool.close()
+    (Path(spool.folder) / "mark").unlink()
+    again = Spool(spool.folder, CLIENT)
+    fill(again, 5)
+    gate.error = lambda key: None
+    empty(sender_to(again, store, client=gate.client(), most=5))
+    assert delivered(store) == once(1, 2, 3, 4, 5)
+    again.close()
+
+
 def test_who_may_write_but_not_read_delivers_once(
     spool: Spool, store: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
