@@ -291,9 +291,10 @@ class TaskBoard:
     def clients(self) -> list[ClientStatus]:
         """Return every client that was heard of, as its newest process tells it, sorted by id."""
         newest: dict[str, ClientStatus] = {}
-        for name, info in self._store.infos(layout.CLIENTS):
+        found = self._store.infos(layout.CLIENTS)
+        texts = self._store.map(self._store.read, [name for name, _ in found])
+        for (name, info), data in zip(found, texts, strict=True):
             place = layout.client_of(name)
-            data = None if place is None else self._store.read(name)
             if place is None or data is None:
                 continue
             try:

@@ -15,11 +15,10 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from storage.errors import IntegrityError, StorageError, one_line
+from storage.errors import IntegrityError, StorageError, TransferError, one_line
 from storage.files import remove, sync, sync_tree, translate_os_errors
 from storage.integrations.scaleout.documents import Claim, Request, Result
 from storage.integrations.scaleout.layout import TaskEntry
@@ -151,6 +150,10 @@ class Outbox:
         with translate_os_errors(self._folder):
             return sorted(name for name in os.listdir(self._folder) if not name.startswith("."))
 
+    def holds(self, task: str) -> bool:
+        """Tell whether the outcome of a task is here."""
+        return os.path.isdir(os.path.join(self._folder, task))
+
     def read(self, task: str) -> Outcome:
         """Return an outcome.
 
@@ -191,8 +194,6 @@ class Delivery:
         self._stop = threading.Event()
         self._idle = threading.Event()
         self._thread: threading.Thread | None = None
-        self.on_delivered: Callable[[str], None] = lambda task: None
-        """Called with the id of each task whose result the store has."""
 
     def start(self) -> None:
         """Begin."""
@@ -222,8 +223,9 @@ class Delivery:
         """Bring everything to the store now.
 
         Raises:
-            StorageError: the store does not take something; it and what comes after it stays.
+            StorageError: the store cannot be reached, or does not take something; that stays.
         """
+        refused: StorageError | None = None
         for task in self._outbox.tasks():
             if self._stop.is_set():
                 return
@@ -233,9 +235,16 @@ class Delivery:
                 _log.error("the outcome of task %s is set aside: %s", task, one_line(exc))
                 self._outbox.set_aside(task)
                 continue
-            self._deliver(outcome)
+            try:
+                self._deliver(outcome)
+            except TransferError:
+                raise
+            except StorageError as exc:
+                refused = exc  # what comes after it may be taken
+                continue
             self._outbox.discard(task)
-            self.on_delivered(task)
+        if refused is not None:
+            raise refused
 
     def _deliver(self, outcome: Outcome) -> None:
         entry = outcome.entry
@@ -255,7 +264,8 @@ class Delivery:
             self._wake.clear()
             try:
                 self.deliver()
-                self._idle.set()
+                if not self._wake.is_set():
+                    self._idle.set()
                 wait = 0.0
             except StorageError as exc:
                 self._idle.set()

@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +25,13 @@ from storage.errors import (
     UnsupportedScheme,
     one_line,
 )
-from storage.integrations.scaleout import layout, records
+from storage.integrations.scaleout import layout
 from storage.integrations.scaleout.binding import Binding, Options, mark
 from storage.integrations.scaleout.classes import scaleout_classes
 from storage.integrations.scaleout.handlers import Handlers
 from storage.integrations.scaleout.polling import Polling
 from storage.integrations.scaleout.presence import SILENCE
-from storage.integrations.scaleout.priorities import Priorities
+from storage.integrations.scaleout.reporting import Reporting
 from storage.integrations.scaleout.tasks import CONCURRENCY, TaskRunner
 from storage.integrations.scaleout.tokens import access_token, with_token
 from storage.registry.objects import ObjectStore
@@ -54,7 +53,7 @@ _TICK = 0.5
 _TO_THE_UNREACHABLE = 1.0
 
 
-class StorageRuntime:
+class StorageRuntime(Reporting):
     """What an ``EdgeClient`` needs to work with a store and without a server.
 
     Give it to the client that the package ``scaleout`` has; everything else stays as it is::
@@ -127,6 +126,7 @@ class StorageRuntime:
                 raise InvalidInput(f"{name} is {value}; expected more than 0")
         if poll_interval is not None and poll_interval <= 0:
             raise InvalidInput(f"poll_interval is {poll_interval}; expected more than 0 seconds")
+        super().__init__()
         self._location = None if uri is None else _location(uri)
         self._config = config
         self._given_client = client
@@ -148,7 +148,6 @@ class StorageRuntime:
         self._binding: Binding | None = None
         self._runner: TaskRunner | None = None
         self._polling: Polling | None = None
-        self._priorities: Priorities | None = None
         self._stop = threading.Event()
 
     # -- what it is made of ------------------------------------------------------------------
@@ -169,7 +168,7 @@ class StorageRuntime:
         """Take the ``EdgeClient`` that this is the runtime of; it calls this itself."""
         self._client = client
 
-    def _open(self) -> Binding:
+    def _bound(self) -> Binding:
         """Return what the client works with; open it if that was not done.
 
         Raises:
@@ -296,7 +295,7 @@ class StorageRuntime:
             self._take_token(token)
             if self._location is None and url is not None:
                 self._location = _location(url)
-            self._open()
+            self._bound()
         except StorageError as exc:
             _log.error("the client cannot begin: %s", one_line(exc))
             return False
@@ -329,7 +328,7 @@ class StorageRuntime:
             StorageError: it cannot be had; ``IntegrityError`` if it says that it is another one.
             StoppedException: the task that asks for it was stopped.
         """
-        binding = self._open()
+        binding = self._bound()
         deadline = None if self._patience is None else time.monotonic() + self._patience
         wait = _FIRST_WAIT
         while True:
@@ -355,7 +354,7 @@ class StorageRuntime:
         Raises:
             StorageError: it cannot be stored.
         """
-        self._open().models.accept(model.model_id, model.get_filechunk_stream())
+        self._bound().models.accept(model.model_id, model.get_filechunk_stream())
         return True
 
     def get_model_chunks(self, model_id: str) -> Iterator[Any]:
@@ -366,166 +365,7 @@ class StorageRuntime:
             StorageError: it cannot be had.
         """
         message = self._classes.messages.FileChunk
-        return self._open().models.chunks(model_id, message)
-
-    # -- reports -----------------------------------------------------------------------------
-
-    def send_metric(
-        self, metrics: Mapping[str, Any], model_id: str, step: int, round_id: str, session_id: str
-    ) -> bool:
-        """Keep metrics until the store has them; return whether they are kept."""
-        return self._report(
-            lambda task: records.metric(
-                metrics,
-                model_id=model_id,
-                step=step,
-                round_id=round_id,
-                session_id=session_id,
-                task_id=task,
-            )
-        )
-
-    def send_attributes(self, attributes: Mapping[str, Any], priority: str | None = None) -> bool:
-        """Keep attributes until the store has them; return whether they are kept."""
-        kept = [
-            self._report(
-                lambda task, key=key, value=value: records.attribute(  # type: ignore[misc]
-                    key, value, priority=priority, task_id=task
-                ),
-                priority,
-            )
-            for key, value in attributes.items()
-        ]
-        return all(kept)
-
-    def send_telemetry(
-        self,
-        key: str | Mapping[str, Any] | None = None,
-        payload: Mapping[str, Any] | None = None,
-        telemetry: Mapping[str, Any] | None = None,
-        priority: str | None = None,
-    ) -> bool:
-        """Keep an observation until the store has it; return whether it is kept.
-
-        A mapping of several, as ``telemetry`` or in place of ``key``, is a record each; that is
-        the older form.
-        """
-        if isinstance(key, Mapping):
-            telemetry, key = key, None
-        if telemetry is None and key is None:
-            _log.warning("telemetry was reported without a key; it is dropped")
-            return False
-        observed: list[tuple[str, Mapping[str, Any]]] = []
-        if telemetry is not None:
-            warnings.warn(
-                "send_telemetry with a dict of several is deprecated, use key and payload",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            observed += [
-                (name, {"value": value, **(payload or {})}) for name, value in telemetry.items()
-            ]
-        if key is not None:
-            observed.append((key, payload or {}))
-        kept = [
-            self._report(
-                lambda task, name=name, told=told: records.telemetry(  # type: ignore[misc]
-                    name, told, priority=priority, task_id=task
-                ),
-                priority,
-            )
-            for name, told in observed
-        ]
-        return all(kept)
-
-    def send_inference_result(
-        self,
-        key: str,
-        payload: Mapping[str, Any],
-        inference_id: str,
-        model_id: str,
-        priority: str | None = None,
-    ) -> bool:
-        """Keep what an inference found until the store has it; return whether it is kept."""
-        return self._report(
-            lambda _: records.inference(
-                key,
-                payload,
-                inference_id=inference_id,
-                model_id=model_id,
-                priority=priority,
-            ),
-            priority,
-        )
-
-    def send_status(self, msg: str, level: str = "INFO", type: str | None = None) -> bool:
-        """Keep a text for people until the store has it; return whether it is kept."""
-        return self._report(
-            lambda task: records.status(str(msg), level=level, type=type, task_id=task)
-        )
-
-    def _send_validation(self, request: Any, metrics: Mapping[str, Any]) -> bool:
-        return self._report(
-            lambda task: records.report(
-                "validation",
-                metrics if isinstance(metrics, Mapping) else {"value": metrics},
-                model_id=request.model_id,
-                round_id=request.round_id,
-                session_id=request.session_id,
-                task_id=task,
-            )
-        )
-
-    def _report(
-        self, make: Callable[[str | None], records.Report], priority: str | None = None
-    ) -> bool:
-        try:
-            binding = self._open()
-            binding.spool.append(make(self.get_current_task_id()))
-            if self._classes_of_priority().is_urgent(priority):
-                binding.sender.wake()
-        except StorageError as exc:
-            _log.error("a report is lost: %s", one_line(exc))
-            return False
-        return True
-
-    # -- priority classes --------------------------------------------------------------------
-
-    def _classes_of_priority(self) -> Priorities:
-        with self._lock:
-            if self._priorities is None:
-                self._priorities = Priorities(self._classes)
-            return self._priorities
-
-    def list_priority_classes(self) -> list[Any]:
-        """Return the priority classes that reports may name."""
-        return self._classes_of_priority().all()
-
-    def add_priority_class(self, cls: Any) -> None:
-        """Add a priority class.
-
-        Raises:
-            ValueError: there is one of that name.
-        """
-        self._classes_of_priority().add(cls)
-
-    def remove_priority_class(self, name: str, force: bool = False) -> int:
-        """Remove a priority class; its records are delivered all the same, and none is moved.
-
-        Raises:
-            KeyError: there is none of that name.
-            ValueError: it cannot be removed.
-        """
-        self._classes_of_priority().remove(name)
-        return 0
-
-    def replace_priority_class(self, cls: Any) -> None:
-        """Replace the priority class of the same name.
-
-        Raises:
-            KeyError: there is none of that name.
-        """
-        self._classes_of_priority().replace(cls)
+        return self._bound().models.chunks(model_id, message)
 
     # -- tasks -------------------------------------------------------------------------------
 
@@ -557,7 +397,7 @@ class StorageRuntime:
         Raises:
             StorageError: the client cannot begin.
         """
-        self._open()
+        self._bound()
         assert self._runner is not None
         return self._runner.start_own(callback, command_type, parameters)
 
@@ -565,7 +405,7 @@ class StorageRuntime:
 
     @property
     def link_quality(self) -> Any:
-        """scaleout's ``LinkQuality``: offline if the store could not be reached last time."""
+        """The ``LinkQuality``: offline if the store could not be reached last time."""
         quality = self._classes.LinkQuality
         polling = self._polling
         if polling is None or polling.is_reachable is None:
@@ -586,7 +426,7 @@ class StorageRuntime:
         Raises:
             StorageError: the client cannot begin: it has no id, or its folder is unusable.
         """
-        binding = self._open()
+        binding = self._bound()
         assert self._runner is not None
         interval = self._poll_interval
         if interval is None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from storage.errors import IntegrityError, StorageError, UnsupportedOperation, one_line
+from storage.errors import (
+    IntegrityError,
+    InvalidInput,
+    StorageError,
+    UnsupportedOperation,
+    one_line,
+)
 from storage.integrations.scaleout import layout
 from storage.integrations.scaleout.classes import Classes
 from storage.integrations.scaleout.documents import (
@@ -141,9 +148,10 @@ class TaskRunner:
             running = list(self._running.values())
         for each in running:
             self._interrupt(each, "the client stops")
+        deadline = time.monotonic() + timeout
         for each in running:
             if each.thread is not None and each.thread is not threading.current_thread():
-                each.thread.join(timeout)
+                each.thread.join(max(0.0, deadline - time.monotonic()))
         return not self.running()
 
     # -- looking for work --------------------------------------------------------------------
@@ -159,11 +167,10 @@ class TaskRunner:
         found = sorted([*mine, *shared], key=lambda entry: entry.id)
         self._stop_aborted({entry.id: entry for entry in found})
         self._tell_of_own()
-        waiting = set(self._outbox.tasks())
         for entry in found:
             if self._stopping.is_set():
                 return
-            if entry.is_requested and not entry.has_ended and entry.id not in waiting:
+            if entry.is_requested and not entry.has_ended:
                 self._consider(entry)
 
     def _stop_aborted(self, found: dict[str, TaskEntry]) -> None:
@@ -190,7 +197,8 @@ class TaskRunner:
             busy = sum(not each.is_own for each in self._running.values())
             if entry.id in self._running or (entry.id, entry.claim) in self._foreign:
                 return
-        if busy >= self._concurrency and not entry.is_aborted:
+        # In this order: a result is in the outbox before its task is under way no more.
+        if self._outbox.holds(entry.id) or (busy >= self._concurrency and not entry.is_aborted):
             return
         if entry.claim and not self._may_take(entry):
             return
@@ -215,10 +223,14 @@ class TaskRunner:
         data = self._store.read(name)
         if data is None:
             return False
-        claim = Claim.parse(data, self._store.where(name))
-        if claim.client is None:
+        claim = None
+        try:
+            claim = Claim.parse(data, self._store.where(name))
+        except (IntegrityError, UnsupportedOperation) as exc:
+            _log.error("task %s is left alone: %s", entry.id, one_line(exc))
+        if claim is not None and claim.client is None:
             return entry.is_aborted  # whoever stopped it did not come to write the result
-        if claim.client != self._client_id:
+        if claim is None or claim.client != self._client_id:
             with self._lock:
                 self._foreign.add((entry.id, entry.claim))
             return False
@@ -317,13 +329,21 @@ class TaskRunner:
             ended, response = COMPLETED, done.response
         except self._classes.StoppedException as exc:
             ended, response = INTERRUPTED, {"msg": str(exc)}
-        except Exception as exc:  # noqa: BLE001 -- a callback may raise anything
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 -- a callback may raise anything
             _log.warning("task %s failed: %s", running.entry.id, one_line(exc), exc_info=True)
             ended, response = FAILED, {"error": one_line(exc) or type(exc).__name__}
         result = Result(ended, response, self._client_id, running.started, datetime.now(UTC))
-        is_given_up = ended == INTERRUPTED and self._stopping.is_set() and not running.is_own
+        own = running if running.is_own else None
+        is_given_up = ended == INTERRUPTED and self._stopping.is_set() and own is None
         if not is_given_up:
-            self._note(running.entry, result, done.model, running if running.is_own else None)
+            try:
+                self._note(running.entry, result, done.model, own)
+            except Exception as exc:  # noqa: BLE001 -- the model is the callback's, and may be gone
+                _log.error("the result of task %s is lost: %s", running.entry.id, one_line(exc))
+                ended, response = FAILED, {"error": one_line(exc)}
+                now = datetime.now(UTC)
+                result = Result(FAILED, response, self._client_id, running.started, now)
+                self._note(running.entry, result, None, own)
         with task.lock:
             task.response = dict(response)
             task.status = status(ended)
@@ -339,7 +359,11 @@ class TaskRunner:
     def _note(
         self, entry: TaskEntry, result: Result, model: Any = None, own: _Running | None = None
     ) -> None:
-        """Put a result into the outbox; a full disk is waited for."""
+        """Put a result into the outbox; a full disk is waited for.
+
+        Raises:
+            Exception: it cannot be read, or written down at all.
+        """
         outcome = Outcome(
             entry,
             result,
@@ -355,6 +379,8 @@ class TaskRunner:
                     with closing(model.get_file_stream()) as stream:
                         self._outbox.put(outcome, stream)
                 break
+            except InvalidInput:
+                raise
             except StorageError as exc:
                 _log.error("the result of task %s cannot be kept: %s", entry.id, one_line(exc))
                 if self._stopping.wait(_NOTING_AGAIN):

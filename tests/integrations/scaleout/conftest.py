@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.scaleout.support import SCALEOUT_CLIENT, Fleet, fleet_on
+from tests.integrations.scaleout.support import SCALEOUT_CLIENT, Fleet, fleet_in, fleet_on
 from tests.servers import SeaweedFS
 from tests.servers.process import ServerError
 
@@ -27,6 +27,13 @@ def fleet(
 ) -> Iterator[Fleet]:
     """An empty fleet on SeaweedFS."""
     with fleet_on(seaweedfs, shared_bucket, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def local_fleet(scaleout: None, tmp_path: Path) -> Iterator[Fleet]:
+    """An empty fleet in a folder."""
+    with fleet_in(tmp_path) as found:
         yield found
 
 

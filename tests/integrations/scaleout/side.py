@@ -35,12 +35,12 @@ class Client:
         self.edge.set_stage_model_callback(lambda model: self.note("staged", model.model_id))
         self.edge.set_inference_callback(self.infer)
         self.edge.set_custom_callback("calibrate", self.calibrate)
-        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread = None
 
-    def run(self):
+    def run(self, **how):
         """Run the client's loop, and keep why it ended."""
         try:
-            self.edge.run()
+            self.edge.run(**how)
         except BaseException:  # noqa: BLE001 - the test asks for it
             self.failure = traceback.format_exc()
 
@@ -88,7 +88,9 @@ class Client:
 
     def calibrate(self, parameters):
         """Return what came, and in what context."""
+        self.note("begun", os.getpid(), self.runtime.get_current_task_id())
         self.held(parameters)
+        time.sleep(parameters.get("pause", 0))
         self.note("calibrated", self.edge.client_id, self.runtime.get_current_task_id())
         return {"by": self.edge.client_id, **parameters}
 
@@ -104,7 +106,7 @@ def prepare(environment):
     return version("scaleout")
 
 
-def start(client_id, uri, folder, log, options=None, connect=None):
+def start(client_id, uri, folder, log, options=None, connect=None, how=None):
     """Make a client and run it on a thread; return what connecting said."""
     clients[client_id] = client = Client(uri, client_id, folder, log, options or {})
     if connect is not None:
@@ -113,6 +115,7 @@ def start(client_id, uri, folder, log, options=None, connect=None):
             return [result.name, str(options)]
         if not client.edge.init_grpchandler(options):
             return [result.name, "no handler"]
+    client.thread = threading.Thread(target=client.run, kwargs=how or {}, daemon=True)
     client.thread.start()
     return ["Assigned", client.edge.name]
 

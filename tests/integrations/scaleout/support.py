@@ -79,23 +79,30 @@ class Fleet:
         found = [line.split() for line in self.log.read_text().splitlines()]
         return [words[1:] for words in found if words[0] == word]
 
-    def process(self) -> Peer:
-        """Start a process with scaleout and this library in it."""
+    def process(self, **environment: str) -> Peer:
+        """Start a process with scaleout and this library in it, and these variables."""
         scratch = self.folder / uuid.uuid4().hex
         scratch.mkdir()
         peer = self._stack.enter_context(Peer(SCALEOUT_CLIENT, str(SIDE), scratch))
-        environment = {
+        variables = {
             "SCALEOUT_CLIENT_SEND_TELEMETRY": "false",
             "SCALEOUT_MODEL_CACHE_DIR": str(scratch / "staged"),
             "STORAGE_CACHE_DIR": str(self.folder / "cache"),
             "NO_GCE_CHECK": "true",
             **self.environment,
+            **environment,
         }
-        assert peer("prepare", environment=environment) == "1.1.0"
+        assert peer("prepare", environment=variables) == "1.1.0"
         return peer
 
-    def start(self, client: str, peer: Peer | None = None, **options: Any) -> Peer:
-        """Start a client, in a process of its own or in ``peer``."""
+    def start(
+        self,
+        client: str,
+        peer: Peer | None = None,
+        how: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Peer:
+        """Start a client, in a process of its own or in ``peer``; ``how`` is told to ``run``."""
         peer = peer or self.process()
         state = self.folder / "state"
         answer = peer(
@@ -105,6 +112,7 @@ class Fleet:
             folder=state,
             log=self.log,
             options={**QUICK, **options},
+            how=how,
         )
         assert answer == ["Assigned", f"the {client}"]
         return peer
@@ -137,6 +145,18 @@ def kill(peer: Peer) -> None:
     process = peer._process
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@contextmanager
+def fleet_in(folder: Path) -> Iterator[Fleet]:
+    """Make a fleet in a folder of this machine."""
+    with StorageClient() as client:
+        uri = str(folder / "the fleet")
+        fleet = Fleet(uri, TaskBoard(uri, client=client), folder, {}, "")
+        try:
+            yield fleet
+        finally:
+            fleet.close()
 
 
 @contextmanager

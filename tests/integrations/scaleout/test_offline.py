@@ -129,6 +129,25 @@ def test_a_client_killed_while_it_delivers_delivers_each_thing_once(
     )
 
 
+def test_a_client_that_is_told_to_be_offline_asks_no_store(fleet: Fleet) -> None:
+    seed = fleet.seed("seed", 4.0)
+    client = fleet.start("edge-1")
+    assert client("stage", client_id="edge-1", model_id=seed) == ["seed", 4.0]
+    assert client("stop", client_id="edge-1") is None
+    task = fleet.board.submit("validate", seed, client="edge-1")
+
+    client = fleet.start("edge-1", fleet.process(STORAGE_OFFLINE="1"))
+    assert client("stage", client_id="edge-1", model_id=seed) == ["seed", 4.0]
+    assert client("log", client_id="edge-1", metrics=[{"loss": 1.0}])[0]
+    assert client("stop", client_id="edge-1") is None
+    assert list(fleet.board.reports.records()) == []
+    assert fleet.board.tasks() == [task]
+
+    fleet.start("edge-1")
+    assert fleet.board.wait(task, 60).is_completed
+    until(lambda: (0, {"loss": 1.0}) in _metrics(fleet), "what was said is delivered")
+
+
 def test_a_client_that_never_met_its_store_waits_for_it(
     own_fleet: Fleet, own_server: SeaweedFS
 ) -> None:

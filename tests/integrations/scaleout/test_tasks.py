@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 
@@ -128,6 +129,51 @@ def test_two_clients_share_tasks_and_each_is_done_once(fleet: Fleet) -> None:
     }
     assert by == {client for client, found in mine.items() if found}
     assert not mine["edge-1"] & mine["edge-2"]
+
+
+@pytest.mark.slow
+def test_clients_that_are_killed_do_every_task_and_none_twice_at_once(local_fleet: Fleet) -> None:
+    fleet, chance = local_fleet, random.Random(7)
+    clients = [f"edge-{number}" for number in range(3)]
+    peers = {client: fleet.start(client, poll_interval=0.05) for client in clients}
+    tasks = []
+    for number in range(60):
+        who = chance.choice([None, *clients])
+        params = {"pause": chance.random() / 5}
+        tasks.append(fleet.board.submit("custom", None, params, name="calibrate", client=who))
+        if number % 8 == 7:
+            time.sleep(chance.random() / 2)
+            victim = chance.choice(clients)
+            pid = peers[victim]._process.pid
+            kill(peers[victim])
+            with fleet.log.open("a") as log:
+                print("killed", pid, file=log)
+            peers[victim] = fleet.start(victim, poll_interval=0.05)
+    results = fleet.board.wait_for(tasks, 100)
+    assert all(result.is_completed for result in results)
+    for task, result in zip(tasks, results, strict=True):
+        assert task.client in (None, result.client)
+    killed: set[str] = set()
+    begun: dict[str, list[str]] = {task.id: [] for task in tasks}
+    for line in fleet.log.read_text().splitlines():
+        word, *rest = line.split()
+        if word == "killed":
+            killed.add(rest[0])
+        elif word == "begun":
+            pid, task_id = rest
+            assert killed.issuperset(begun[task_id]), "the one before may still be at it"
+            begun[task_id].append(pid)
+    assert all(begun.values())
+    assert max(len(pids) for pids in begun.values()) > 1, "nobody was killed at work"
+
+
+def test_a_client_that_does_not_poll_leaves_tasks_and_delivers_reports(fleet: Fleet) -> None:
+    task = fleet.board.submit("custom", name="calibrate", client="edge-1")
+    peer = fleet.start("edge-1", how={"with_polling": False, "with_heartbeat": False})
+    assert peer("log", client_id="edge-1", metrics=[{"loss": 1.0}])[0]
+    assert peer("stop", client_id="edge-1") is None
+    assert len(list(fleet.board.reports.records())) == 1
+    assert fleet.board.result(task) is None
 
 
 def test_a_task_for_any_client_waits_for_one_that_can(fleet: Fleet) -> None:

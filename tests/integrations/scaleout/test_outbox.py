@@ -1,0 +1,158 @@
+"""What waits on the disk for the store, and who may take what another process began."""
+
+from __future__ import annotations
+
+import io
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from storage import StorageClient
+from storage.cache.owners import new_name
+from storage.errors import IntegrityError, InvalidInput, UnsupportedOperation
+from storage.integrations.scaleout import layout
+from storage.integrations.scaleout.binding import mark
+from storage.integrations.scaleout.documents import Claim, Request, Result, SignOfLife
+from storage.integrations.scaleout.layout import TaskEntry
+from storage.integrations.scaleout.models import ModelStore
+from storage.integrations.scaleout.outbox import Delivery, Outbox, Outcome
+from storage.integrations.scaleout.presence import Presence, folder_id
+from storage.registry.objects import ObjectStore
+from storage.uri import parse_uri
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    """A fleet in a folder."""
+    return ObjectStore(StorageClient(), parse_uri(f"{tmp_path}/fleet/"))
+
+
+def _outcome(*, model_id: str | None = None, **own: Request | Claim) -> Outcome:
+    entry = TaskEntry(layout.new_task_id(), "edge-1")
+    result = Result("COMPLETED", {"result": 1}, "edge-1", NOW, NOW)
+    return Outcome(entry, result, model_id, **own)  # type: ignore[arg-type]
+
+
+def _delivery(outbox: Outbox, store: ObjectStore) -> Delivery:
+    return Delivery(outbox, store, ModelStore(store.client, store.location))
+
+
+def test_an_outcome_is_read_as_it_was_written() -> None:
+    request = Request.of("infer", "m", {"by": 2}, session_id="s", round_id="r")
+    outcome = _outcome(model_id="m", request=request, claim=Claim("edge-1", "p", "f"))
+    found = Outcome.parse(outcome.dumps(), "here")
+    assert found.result == outcome.result
+    assert found.claim == outcome.claim
+    assert found.request is not None
+    assert found.request.data == {"parameters": {"by": 2}}
+    assert (found.entry.id, found.entry.client, found.model_id) == (outcome.entry.id, "edge-1", "m")
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_result_and_its_model_come_to_the_store_and_leave_nothing(
+    store: ObjectStore, tmp_path: Path, durable: bool
+) -> None:
+    outbox = Outbox(str(tmp_path / "outbox"), durable=durable)
+    outcome = _outcome(model_id="m-1")
+    outbox.put(outcome, io.BytesIO(b"the model"))
+    assert outbox.holds(outcome.entry.id)
+    _delivery(outbox, store).deliver()
+    assert (tmp_path / "fleet" / "models" / "m-1.scm").read_bytes() == b"the model"
+    data = store.read(outcome.entry.result)
+    assert data is not None
+    assert Result.parse(data, "here") == outcome.result
+    assert os.listdir(tmp_path / "outbox") == []
+
+
+def test_what_a_killed_process_had_not_finished_goes_and_what_is_damaged_is_set_aside(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "outbox"
+    outbox = Outbox(str(folder))
+    damaged, whole = _outcome(), _outcome()
+    for each in (damaged, whole):
+        outbox.put(each)
+    (folder / damaged.entry.id / "outcome.json").write_bytes(b"{}")
+    (folder / ".unfinished-0123").mkdir()
+    (folder / ".unfinished-0123" / "model.scm").write_bytes(b"half")
+    outbox = Outbox(str(folder))
+    _delivery(outbox, store).deliver()
+    assert store.read(whole.entry.result) is not None
+    assert store.read(damaged.entry.result) is None
+    (left,) = os.listdir(folder)
+    assert left.startswith(f".damaged-{damaged.entry.id}")
+
+
+def test_a_result_that_the_store_refuses_keeps_no_other_back(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    outbox = Outbox(str(tmp_path / "outbox"))
+    refused, taken = _outcome(model_id="m-2"), _outcome()
+    outbox.put(refused)  # its model is missing
+    outbox.put(taken)
+    with pytest.raises(InvalidInput, match="No such file"):
+        _delivery(outbox, store).deliver()
+    assert outbox.tasks() == [refused.entry.id]
+    assert store.read(taken.entry.result) is not None
+
+
+def test_the_first_result_of_a_task_counts(store: ObjectStore, tmp_path: Path) -> None:
+    outbox = Outbox(str(tmp_path / "outbox"))
+    outcome = _outcome()
+    first = Result("FAILED", {"error": "no"}, "edge-1", NOW, NOW)
+    assert store.create(outcome.entry.result, first.dumps())
+    outbox.put(outcome)
+    _delivery(outbox, store).deliver()
+    assert outbox.tasks() == []
+    assert Result.parse(store.read(outcome.entry.result) or b"", "here") == first
+
+
+def test_a_folder_has_one_id_for_ever(tmp_path: Path) -> None:
+    found = folder_id(str(tmp_path / "one"))
+    assert folder_id(str(tmp_path / "one")) == found
+    assert folder_id(str(tmp_path / "two")) != found
+    assert os.listdir(tmp_path / "one") == ["folder-id"]
+
+
+def test_only_what_a_process_that_is_gone_began_is_taken_up(store: ObjectStore) -> None:
+    presence = Presence(store, "edge-1", "this folder")
+    assert presence.may_take(presence.claim)
+    assert presence.may_take(Claim("edge-1", "whoever", "this folder"))
+    assert not presence.may_take(Claim("edge-2", "whoever", "this folder"))
+
+    # This very process lives; one that never said anything began nothing.
+    alive = new_name()
+    claim = Claim("edge-1", alive, "another folder")
+    assert presence.may_take(claim)
+    sign = SignOfLife("edge-1", "another folder", False, (), 0, 0)
+    name = layout.sign_of_life("edge-1", alive)
+    store.replace(name, sign.dumps())
+    assert not presence.may_take(claim)
+    # One whose number another process has now is gone.
+    host, boot, namespace, pid, started, _ = alive.split("-")
+    dead = f"{host}-{boot}-{namespace}-{pid}-{int(started) + 1}-00000000"
+    store.replace(layout.sign_of_life("edge-1", dead), sign.dumps())
+    assert presence.may_take(Claim("edge-1", dead, "another folder"))
+    # One that said that it ends is, too.
+    stopped = SignOfLife("edge-1", "another folder", True, (), 0, 0)
+    store.replace(name, stopped.dumps())
+    assert presence.may_take(claim)
+    presence.announce(sign)
+    presence.forget_others()
+    assert store.names(layout.CLIENTS) == [layout.sign_of_life("edge-1", presence.claim.process)]
+
+
+def test_documents_that_are_damaged_are_told(store: ObjectStore) -> None:
+    for kind in (Request, Claim, Result, SignOfLife, Outcome):
+        with pytest.raises(IntegrityError, match="here is damaged"):
+            kind.parse(b'{"format":1}', "here")
+
+
+def test_a_store_on_which_two_clients_could_not_be_told_apart_is_refused() -> None:
+    web = ObjectStore(StorageClient(), parse_uri("http://127.0.0.1:9/fleet/"))
+    with pytest.raises(UnsupportedOperation, match="cannot create an object only if it is absent"):
+        mark(web)
