@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from storage import (
     MirrorError,
     MirrorResult,
     ModelMissingError,
+    PVCConfig,
     S3Config,
     Storage,
     StorageClient,
@@ -36,8 +38,9 @@ from storage.config import reveal
 from storage.config.settings import load_settings
 from storage.digest import Digest
 from storage.transfer.progress import Progress
+from storage.uri import parse_uri
 from tests.facade.stores import BucketStore, FileStore, Store, s3_config
-from tests.servers import CountingProxy
+from tests.servers import CountingProxy, SeaweedFS
 
 # A process that has threads is forked on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -522,6 +525,63 @@ def test_what_cannot_be_right_is_refused_before_a_byte_moves(
     with pytest.raises(InvalidInput, match=r"\.\."):
         mirror(memory, file)
     assert file.keys() == []
+
+
+def test_places_that_overlap_are_told_by_the_store_and_not_by_who_asks(
+    make_store: Callable[[str], Store], seaweedfs: SeaweedFS, tmp_path: Path
+) -> None:
+    """To delete what the source lacks would delete the source."""
+    store = make_store("seaweedfs-obstore")
+    store.put_all({"sub/a": b"1", "b": b"2"})
+    other = s3_config(seaweedfs, "fsspec")
+    assert other != store.config
+    for src, dest in (("sub", ""), ("", "sub")):
+        with pytest.raises(InvalidInput, match="overlap"):
+            StorageOperations.mirror(
+                store.uri(src), store.uri(dest), config=store.config, dest_config=other, delete=True
+            )
+    (tmp_path / "real" / "claim" / "sub").mkdir(parents=True)
+    (tmp_path / "real" / "claim" / "sub" / "a").write_bytes(b"1")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(InvalidInput, match="overlap"):
+        StorageOperations.mirror(
+            "pvc://claim/sub",
+            tmp_path / "link" / "claim",
+            config=PVCConfig(mount_root=tmp_path / "real"),
+            delete=True,
+        )
+    assert content(store) == {"sub/a": b"1", "b": b"2"}
+
+
+def test_a_file_whose_name_no_store_takes_fails_alone(
+    make_store: Callable[[str], Store], tmp_path: Path
+) -> None:
+    one, two = make_store("file"), make_store("seaweedfs-obstore")
+    assert isinstance(one, FileStore)
+    one.put_all({"a": b"1", "b": b"2"})
+    (one.folder / os.fsdecode(b"not \xff text")).write_bytes(b"3")
+    for executor in (None, partial(ThreadPoolExecutor, 1)):
+        with pytest.raises(MirrorError, match="1 failed") as caught:
+            mirror(one, two, executor=executor)
+        assert "WorkerLost" not in str(caught.value)
+    assert content(two) == {"a": b"1", "b": b"2"}
+
+
+def test_a_worker_that_cannot_open_a_store_says_why(make_store: Callable[[str], Store]) -> None:
+    """What is installed here may be missing there."""
+    one, two = make_store("file"), make_store("pvc")
+    one.put_all({"a": b"1"})
+
+    class Poor(ThreadPoolExecutor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            ends = replace(args[0].ends, source=parse_uri("nosuchscheme://x/y"))
+            return super().submit(fn, replace(args[0], ends=ends))
+
+    with Poor(1) as pool, pytest.raises(MirrorError, match="UnsupportedScheme") as caught:
+        mirror(one, two, executor=pool)
+    result = caught.value.result
+    assert isinstance(result, MirrorResult)
+    assert result.resubmitted == 0
 
 
 def test_workers_with_a_memory_or_a_disk_of_their_own_are_noticed(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
-from storage.backends.base import Backend, BatchBackend, ObjectInfo
+from storage.backends.base import BatchBackend, ObjectInfo
 from storage.client.client import StorageClient
 from storage.client.copy import Copy
 from storage.client.mirror.plan import MirrorItem
@@ -18,8 +18,10 @@ from storage.digest import CHECKSUMS, Digest, MultiHasher, available, hash_file
 from storage.errors import (
     AuthenticationError,
     DestinationError,
+    IntegrityError,
     InvalidInput,
     ModelMissingError,
+    ObjectChangedError,
     ObjectExistsError,
     StorageError,
     conceal_causes,
@@ -99,22 +101,27 @@ class ItemOutcome:
 
 # One for each process: connections are worth keeping. Making one is inert, and a client knows
 # by itself that it is in a forked child.
-_clients: dict[tuple[PlainTransfer, bool], StorageClient] = {}
+_clients: dict[PlainTransfer, StorageClient] = {}
 
 
 def run_batch(batch: Batch) -> tuple[ItemOutcome, ...]:
     """Do a batch in whatever process this is. Repeating it does no harm."""
-    client = _client_of(batch.ends.transfer, batch.ends.durable)
+    client = _client_of(batch.ends.transfer)
     size = sum(item.info.size or 0 for item in batch.items)
     meter = Meter("mirror", str(batch.ends.source), size, len(batch.items), None)
-    return copy_batch(client, batch, meter)
+    try:
+        return copy_batch(client, batch, meter)
+    except StorageError as exc:
+        # Not even a store could be opened: an extra is missing there, or a file of the config.
+        return tuple(_failed(item, exc) for item in batch.items)
 
 
-def _client_of(transfer: PlainTransfer, durable: bool) -> StorageClient:
-    found = _clients.get((transfer, durable))
+def _client_of(transfer: PlainTransfer) -> StorageClient:
+    found = _clients.get(transfer)
     if found is None:
-        made = StorageClient(settings=PlainSettings(transfer=transfer, durable=durable))
-        found = _clients.setdefault((transfer, durable), made)
+        found = _clients.setdefault(
+            transfer, StorageClient(settings=PlainSettings(transfer=transfer))
+        )
     return found
 
 
@@ -144,6 +151,9 @@ class _MirrorCopy(Copy):
         self._meter = meter
         # Neither looks at the bytes, and no store's own copy can be told to create only.
         self._by_store = self._by_store and ends.algorithm is None and ends.overwrite
+        if ends.durable and ends.target.is_local:
+            self._by_store = False
+            self._backend = client.backend(ends.target, ends.target_config, durable=True)
 
     def outcomes(self, items: tuple[MirrorItem, ...]) -> Iterator[ItemOutcome]:
         found: dict[str, ItemOutcome] = {}
@@ -230,7 +240,8 @@ class _MirrorCopy(Copy):
     def _prepare(
         self, item: MirrorItem, waiting: list[tuple[MirrorItem, Source]]
     ) -> ItemOutcome | None:
-        source, there = self._look(item)
+        # What is created only if absent may be there by an earlier try of the same batch.
+        source, there = self._look(item if self._ends.overwrite else replace(item, look=True))
         if there is None:
             waiting.append((item, source or self._read(item.info)))
         return there
@@ -240,6 +251,12 @@ class _MirrorCopy(Copy):
         items = [source.item(backend, item.key) for item, source in waiting]
         try:
             send_items(backend, items, retry, self._meter, if_absent=not self._ends.overwrite)
+        except (InvalidInput, IntegrityError, ObjectChangedError, ObjectExistsError) as exc:
+            # One of them is to blame, and keeps the others from nothing.
+            if len(waiting) == 1:
+                return {waiting[0][0].path: _failed(waiting[0][0], exc)}
+            middle = len(waiting) // 2
+            return self._send_waiting(waiting[:middle]) | self._send_waiting(waiting[middle:])
         except StorageError as exc:
             return {item.path: _failed(item, exc) for item, _ in waiting}
         found = {}
@@ -275,7 +292,7 @@ class _MirrorCopy(Copy):
             digests = tuple(_hash_local(path, _LEFT_DIGESTS).values())
             source.info = replace(source.info, digests=digests)
         elif all(digest.algorithm in CHECKSUMS for digest in source.info.digests):
-            mark = _mark_of(source.info)
+            mark = self._mark_of(source)
             if mark is not None:
                 metadata = {**source.info.metadata, _MARK: mark}
                 source.info = replace(source.info, metadata=metadata)
@@ -290,8 +307,9 @@ class _MirrorCopy(Copy):
         info = source.vouched
         if None not in (info.size, there.size) and info.size != there.size:
             return False
-        mine = self._known(self._origin, info.key, info)
-        theirs = self._known(self._backend, there.key, there)
+        # Of the source, its store was asked already.
+        mine = _told(info)
+        theirs = _told(there) or self._asked(there)
         _fill_in(self._origin.local_path(info.key), mine, theirs, there.hint)
         _fill_in(self._backend.local_path(there.key), theirs, mine, info.hint)
         common = mine.keys() & theirs.keys()
@@ -303,20 +321,27 @@ class _MirrorCopy(Copy):
             return True
         if there.hint is not None and there.hint == mine.get(there.hint.algorithm):
             return True
-        mark = _mark_of(source.info)
+        mark = self._mark_of(source)
         return mark is not None and there.metadata.get(_MARK) == mark
 
-    def _known(self, backend: Backend, key: str, info: ObjectInfo) -> dict[str, Digest]:
-        """Return the digests of an object that its store, or whoever wrote it, vouches for."""
-        found = {digest.algorithm: digest for digest in info.digests}
-        if not found and info.hint is None and backend.capabilities.checksums:
+    def _mark_of(self, source: Source) -> str | None:
+        """Return what tells this very version of an object, if its store has a word for it."""
+        info = source.info
+        if info.pin is None:
+            return None
+        hasher = MultiHasher(["sha256"])
+        # Some servers make tags of times and sizes, and another one's may be the same.
+        named = f"{self._location_of(info)}\0{info.size}\0{info.pin}"
+        hasher.update(named.encode("utf-8", "surrogateescape"))
+        return hasher.digests()["sha256"].hex
+
+    def _asked(self, there: ObjectInfo) -> dict[str, Digest]:
+        """Return the digests that the destination tells of an object only when asked."""
+        if there.hint is None and self._backend.capabilities.checksums:
             with suppress(AuthenticationError, ModelMissingError):
-                kept = self._client.run_retried(backend.checksums, info)
-                found = {digest.algorithm: digest for digest in kept}
-        for name, text in info.metadata.items():
-            with suppress(InvalidInput):
-                found.setdefault(name, Digest(name, text))
-        return found
+                kept = self._client.run_retried(self._backend.checksums, there)
+                return {digest.algorithm: digest for digest in kept}
+        return {}
 
     def _digest_of(self, source: Source, key: str) -> Digest | None:
         """Return the digest of what was just written, if one is wanted."""
@@ -338,6 +363,15 @@ class _MirrorCopy(Copy):
             return hash_file(reader, (algorithm,))[algorithm]
 
 
+def _told(info: ObjectInfo) -> dict[str, Digest]:
+    """Return the digests of an object that its store, or whoever wrote it, vouches for."""
+    found = {digest.algorithm: digest for digest in info.digests}
+    for name, text in info.metadata.items():
+        with suppress(InvalidInput):
+            found.setdefault(name, Digest(name, text))
+    return found
+
+
 def _fill_in(
     path: str | None, mine: dict[str, Digest], theirs: dict[str, Digest], hint: Digest | None
 ) -> None:
@@ -354,15 +388,6 @@ def _hash_local(path: str, algorithms: Sequence[str]) -> dict[str, Digest]:
         return hash_file(path, algorithms)
     except OSError as exc:
         raise DestinationError(f"{path} cannot be read: {exc.strerror}") from exc
-
-
-def _mark_of(info: ObjectInfo) -> str | None:
-    """Return what tells this very version of an object, if its store has a word for it."""
-    if info.pin is None:
-        return None
-    hasher = MultiHasher(["sha256"])
-    hasher.update(f"{info.size}\0{info.pin}".encode("utf-8", "surrogateescape"))
-    return hasher.digests()["sha256"].hex
 
 
 def _failed(item: MirrorItem, exc: StorageError) -> ItemOutcome:

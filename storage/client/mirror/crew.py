@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
-    CancelledError,
     Executor,
     Future,
     wait,
@@ -73,7 +72,7 @@ class Crew:
             except BrokenExecutor as exc:
                 self._drop(self._executor)
                 error: Exception = exc
-            except RuntimeError as exc:
+            except Exception as exc:  # noqa: BLE001 -- whatever an executor raises
                 error = exc
                 break
             else:
@@ -92,7 +91,7 @@ class Crew:
             self._tries[batch.name] = self._tries.get(batch.name, 0) + 1
             try:
                 outcomes, error = future.result(), None
-            except (Exception, CancelledError) as exc:  # noqa: BLE001 -- whatever an executor raises
+            except Exception as exc:  # noqa: BLE001 -- whatever an executor raises
                 outcomes, error = (), exc
                 if isinstance(exc, BrokenExecutor):
                     self._drop(executor)

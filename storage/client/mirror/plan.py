@@ -77,14 +77,22 @@ class MirrorPlan:
         with self._transaction():
             self._db.execute("DELETE FROM wanted")
             for item in items:
-                row = (os.fsencode(item.path), item.info.size, pickle.dumps(item))
-                try:
-                    self._db.execute("INSERT INTO wanted VALUES (?, ?, ?)", row)
-                except sqlite3.IntegrityError as exc:
-                    raise InvalidInput(
-                        f"{where}: two objects would both become {item.path!r} at the "
-                        "destination; rename one, or choose by patterns"
-                    ) from exc
+                self._want(item, where)
+
+    def _want(self, item: MirrorItem, where: str) -> None:
+        path = os.fsencode(item.path)
+        row = (path, item.info.size, pickle.dumps(item))
+        try:
+            self._db.execute("INSERT INTO wanted VALUES (?, ?, ?)", row)
+        except sqlite3.IntegrityError as exc:
+            (other,) = self._one("SELECT item FROM wanted WHERE path = ?", path) or (b"",)
+            if pickle.loads(other).info.key != item.info.key:
+                raise InvalidInput(
+                    f"{where}: two objects would both become {item.path!r} at the destination; "
+                    "rename one, or choose by patterns"
+                ) from exc
+            # Replaced while it was listed, it may be on two pages.
+            self._db.execute("INSERT OR REPLACE INTO wanted VALUES (?, ?, ?)", row)
 
     def list_present(self, paths: Iterable[str]) -> None:
         """Take the objects that the destination has, instead of those taken before."""

@@ -9,6 +9,7 @@ that was interrupted goes on when it is asked for again.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from storage.client.mirror.batch import Batch, Ends, ItemOutcome, copy_batch
 from storage.client.mirror.crew import TRIES, AnyExecutor, Crew, GoneError
 from storage.client.mirror.options import MirrorFailure, MirrorOptions, MirrorResult
 from storage.client.mirror.plan import MirrorItem, MirrorPlan
+from storage.config.origin import origin_of
 from storage.config.plain import PlainTransfer
 from storage.digest import Digest, digest_of_ordered
 from storage.errors import (
@@ -217,14 +219,36 @@ class _Mirror:
                 f"{source} is one object, and delete=True would remove all but it from "
                 f"{target}; leave delete out"
             )
-        if self._origin is not self._backend or source.version != target.version:
-            return
-        if is_tree and (
-            source.prefix.startswith(target.prefix) or target.prefix.startswith(source.prefix)
-        ):
+        one, two = self._places(is_tree)
+        if is_tree and one and two and (one.startswith(two) or two.startswith(one)):
             raise InvalidInput(f"{source} and {target} overlap; mirror to another place")
-        if not is_tree and source.key == target.key:
+        if not is_tree and one and one == two:
             raise InvalidInput(f"{source} cannot be mirrored onto itself")
+
+    def _places(self, is_tree: bool) -> tuple[str, str]:
+        """Return names of both ends that tell whether they overlap; empty if they cannot."""
+        source, target = self._source, self._target
+        end = "/" if is_tree else ""
+        keys = [location.key.rstrip("/") for location in (source, target)]
+        paths = [
+            backend.local_path(key)
+            for backend, key in zip((self._origin, self._backend), keys, strict=True)
+        ]
+        if None not in paths:
+            one, two = (os.path.realpath(path or "").rstrip("/") + end for path in paths)
+            return one, two
+        stores = [
+            (location.scheme, location.bucket, location.account, location.version, origin)
+            for location, origin in (
+                (source, origin_of(source, self._ends.config)),
+                (target, origin_of(target, self._ends.target_config)),
+            )
+        ]
+        if stores[0] != stores[1]:
+            return "", ""
+        if not is_tree:
+            return f"/{source.key}", f"/{target.key}"
+        return f"/{source.prefix}", f"/{target.prefix}"
 
     def _batches(self, size: int) -> Iterator[Batch]:
         items: list[MirrorItem] = []
