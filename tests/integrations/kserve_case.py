@@ -47,10 +47,12 @@ class Wrong:
         reason: in a few words.
         leaves: what is in its first destination, with exit status 0; ``None``: its exit status
             is 1.
+        perhaps: what may be there instead, as chance will have it.
     """
 
     reason: str
     leaves: Tree | None = None
+    perhaps: Tree | None = None
 
 
 SAME = None

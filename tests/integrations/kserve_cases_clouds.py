@@ -72,7 +72,7 @@ AZURE = [
     Case("azure-public", "azure_public", MODEL, MODEL),
     Case("azure-sas", "azure", MODEL, MODEL, ("$root?$sas", "$dest"),
          {"AZURE_STORAGE_ACCESS_KEY": None}),
-    Case("azure-no-credentials", "azure", MODEL, Failed("denied|refused|authenti|credential|nothing"),
+    Case("azure-no-credentials", "azure", MODEL, Failed(f"{DENIED}|credential|nothing"),
          variables={"AZURE_STORAGE_ACCESS_KEY": None}),
     Case("azure-wrong-key", "azure", MODEL, Failed(DENIED),
          variables={"AZURE_STORAGE_ACCESS_KEY": "$other_key"}),

@@ -233,7 +233,7 @@ class Stores:
 
     def _azure_public(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
         self._stack.enter_context(self.azurite.container(name, public=True))
-        place = self._blobs(name, "", files)
+        place = self._blobs(name, "m", files)
         del place.environment["AZURE_STORAGE_ACCESS_KEY"]
         return place
 
@@ -242,7 +242,7 @@ class Stores:
         server = self._get("azurite_tls")
         assert isinstance(server, Azurite)
         self._stack.enter_context(server.container(name))
-        place = self._blobs(name, "", files, server)
+        place = self._blobs(name, "m", files, server)
         del place.environment["AZURE_STORAGE_ACCESS_KEY"]
         place.names["token"] = server.bearer()
         return place

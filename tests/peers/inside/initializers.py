@@ -10,6 +10,7 @@ import importlib
 import os
 import runpy
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -21,13 +22,19 @@ from json_lines import serve
 CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+PR_SET_KEEPCAPS = 8
+CAPABILITIES_VERSION, CAP_DAC_READ_SEARCH = 0x20080522, 2
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def prepare(modules, path):
-    """Import modules that the initializer imports later, found below ``path`` too."""
+def prepare(modules, path, environment):
+    """Import modules that the initializer imports later, found below ``path`` too.
+
+    ``environment`` is for what is read while a module is imported.
+    """
     sys.path[:0] = path
+    os.environ.update(environment)
     return [str(importlib.import_module(name).__file__) for name in modules]
 
 
@@ -75,7 +82,7 @@ def run(program, arguments, environment, folder, limit, user=None):
         environment: all of its variables.
         folder: where it works; what it prints is kept there.
         limit: seconds after which it is killed; the status is ``None`` then.
-        user: id of the user that it runs as.
+        user: id of the user that it runs as, if this is root.
     """
     places = [os.path.join(folder, name) for name in ("stdout", "stderr")]
     began = time.monotonic()
@@ -92,16 +99,25 @@ def run(program, arguments, environment, folder, limit, user=None):
             os.environ.update(environment)
             tempfile.tempdir = None
             os.chdir(folder)
-            if user is not None:
-                os.setgroups([])
-                os.setgid(user)
-                os.setuid(user)
+            if user is not None and not os.getuid():
+                _become(user)
             status = _main(program, arguments)
         finally:
             os._exit(status)
     status = _waited(child, began + limit)
     printed = [Path(place).read_text(errors="replace") for place in places]
     return {"status": status, "out": printed[0], "err": printed[1]}
+
+
+def _become(user):
+    """Give up all rights of root but one, to read: the interpreter may be in a folder of root's."""
+    _checked("prctl", libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0))
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    header = struct.pack("Ii", CAPABILITIES_VERSION, 0)
+    rights = struct.pack("6I", *([1 << CAP_DAC_READ_SEARCH] * 2), 0, 0, 0, 0)
+    _checked("capset", libc.capset(header, rights))
 
 
 def _main(program, arguments):
