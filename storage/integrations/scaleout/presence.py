@@ -48,7 +48,8 @@ def folder_id(folder: str) -> str:
                 os.link(own, path)
             os.unlink(own)
         with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
+            # A copy of the folder is another one, and has its file in another place of a disk.
+            return f"{file.read().strip()}-{os.fstat(file.fileno()).st_ino}"
 
 
 class Presence:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -116,6 +117,8 @@ def test_a_folder_has_one_id_for_ever(tmp_path: Path) -> None:
     assert folder_id(str(tmp_path / "one")) == found
     assert folder_id(str(tmp_path / "two")) != found
     assert os.listdir(tmp_path / "one") == ["folder-id"]
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    assert folder_id(str(tmp_path / "copy")) != found
 
 
 def test_only_what_a_process_that_is_gone_began_is_taken_up(store: ObjectStore) -> None:
