@@ -184,6 +184,7 @@ __all__ = [
     "ModelMissingError",
     "ModelNotFound",
     "ModelScopeConfig",
+    "ModelWatcher",
     "OCIConfig",
     "ObjectChangedError",
     "ObjectExistsError",
