@@ -30,6 +30,13 @@ SHA = "a" * 64
         ("az://container/key", "azure", "container", "key"),
         ("pvc://claim/key", "pvc", "claim", "key"),
         ("memory://name/key", "memory", "name", "key"),
+        ("oci://h.example:5000/a/b", "oci", "h.example:5000/a/b", ""),
+        ("oci://H.example/a/b:v1", "oci", "h.example/a/b", ""),
+        ("oci+fetch://h.example/a:v1/m/x y", "oci", "h.example/a", "m/x y"),
+        ("oci://localhost/a", "oci", "localhost/a", ""),
+        ("oci://[::1]:5000/a", "oci", "[::1]:5000/a", ""),
+        ("oci://busybox", "oci", "docker.io/library/busybox", ""),
+        ("oci://owner/model:v1", "oci", "docker.io/owner/model", ""),
         ("file:///abs/path", "file", "", "abs/path"),
         ("file://localhost/abs/path", "file", "", "abs/path"),
         ("/abs/path", "file", "", "abs/path"),
@@ -283,3 +290,47 @@ def test_child_of_a_url_is_encoded_and_keeps_what_is_around_the_path(
 
 def test_encoded_slash_is_no_part_of_a_files_name() -> None:
     assert parse_uri("https://h/api/owner%2Fmodel").name == "model"
+
+
+@pytest.mark.parametrize(
+    ("uri", "version", "shown"),
+    [
+        ("oci://h.example/a", None, "oci://h.example/a"),
+        ("oci://h.example/a:v1", "v1", "oci://h.example/a:v1"),
+        ("oci://h.example/a:v1/m/b", "v1", "oci://h.example/a:v1/m/b"),
+        (f"oci://h.example/a@sha256:{SHA}", f"sha256:{SHA}", f"oci://h.example/a@sha256:{SHA}"),
+        (
+            f"oci://h.example/a:v1@sha256:{SHA}/b",
+            f"sha256:{SHA}",
+            f"oci://h.example/a@sha256:{SHA}/b",
+        ),
+    ],
+)
+def test_an_image_is_named_by_its_tag_or_digest(uri: str, version: str | None, shown: str) -> None:
+    location = parse_uri(uri)
+    assert location.version == version
+    assert str(location) == shown
+    assert parse_uri(shown) == location
+    child = location.child("x/y")
+    assert child.version == version
+    assert parse_uri(str(child)).key == f"{location.key}/x/y".lstrip("/")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "oci://",
+        "oci://h.example/",
+        "oci://h.example/a/",
+        "oci://u:p@h.example/a",
+        "oci://h.example/a:",
+        "oci://h.example/a:v 1",
+        "oci://h.example/a@sha256:abc",
+        "oci://h.example/../a",
+        "oci://h.example/a//b",
+        "oci://h example/a",
+    ],
+)
+def test_what_names_no_image_is_refused(uri: str) -> None:
+    with pytest.raises(InvalidInput, match="does not name an image"):
+        parse_uri(uri)

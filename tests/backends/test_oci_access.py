@@ -7,16 +7,21 @@ import json
 import os
 import stat
 import traceback
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from storage.backends.base import OpenOptions
 from storage.backends.oci.answers import scheme_of
 from storage.backends.oci.logins import Login, find_login
+from storage.backends.oci.session import RegistrySession
 from storage.config import OCIConfig
 from storage.errors import AuthenticationError, ConfigurationError, StorageError
 from tests.backends.oci_support import TITLE, Pusher, opened, tree_of
 from tests.servers.registry import PASSWORD, USER, Gate, Registry
+from tests.servers.tls import TlsFront
 
 BASIC = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 LOGIN = OCIConfig(USER, PASSWORD)
@@ -320,3 +325,66 @@ def test_secrets_are_not_shown() -> None:
 def test_a_config_that_contradicts_itself_is_refused(fields: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError):
         OCIConfig(**fields)
+
+
+# -- TLS -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tls(oci_registry: Registry) -> Iterator[TlsFront]:
+    """The registry over TLS."""
+    with TlsFront(oci_registry.endpoint) as found:
+        yield found
+
+
+def test_a_registry_over_tls_is_read_with_its_authority(tls: TlsFront, public: Pusher) -> None:
+    uri = public.uri(":v1", f"127.0.0.1:{tls.port}")
+    with opened(uri, OCIConfig(plain_http=False, ca_bundle=tls.ca_file)) as backend:
+        assert tree_of(backend) == TREE
+    with (
+        opened(uri, OCIConfig(plain_http=False)) as backend,
+        pytest.raises(ConfigurationError, match="not trusted"),
+    ):
+        list(backend.list())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # urllib3 tells that nobody checks
+        with opened(uri, OCIConfig(plain_http=False, verify_ssl=False)) as backend:
+            assert tree_of(backend) == TREE
+
+
+def test_other_hosts_than_this_one_are_spoken_to_over_tls() -> None:
+    schemes = {
+        "localhost:5000": "http",
+        "127.0.0.1:5000": "http",
+        "[::1]:5000": "http",
+        "registry.example": "https",
+        "10.0.0.1:5000": "https",
+        "localhost.example": "https",
+        "docker.io": "https",
+    }
+    for host, scheme in schemes.items():
+        session = RegistrySession(host, "a/b", None, OpenOptions())
+        assert session.scheme == scheme, host
+        assert session.manifest_url("v1").startswith(f"{scheme}://")
+        session.close()
+    session = RegistrySession("docker.io", "library/m", None, OpenOptions())
+    assert (
+        session.blob_url("sha256:0") == "https://registry-1.docker.io/v2/library/m/blobs/sha256:0"
+    )
+    session.close()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "realm", "allowed"),
+    [
+        ("https", "https://auth.example/token", True),
+        ("https", "http://registry.example/token", False),
+        ("http", "http://registry.example:5001/token", True),
+        ("http", "http://other.example/token", False),
+        ("http", "https://other.example/token", True),
+    ],
+)
+def test_where_credentials_may_go(scheme: str, realm: str, allowed: bool) -> None:
+    config = OCIConfig(USER, PASSWORD, plain_http=scheme == "http")
+    session = RegistrySession("registry.example", "a/b", config, OpenOptions())
+    assert session._may_have_secrets(realm) is allowed

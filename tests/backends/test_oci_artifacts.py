@@ -240,7 +240,7 @@ def test_what_is_not_there_is_missing(push: Pusher, blob: bytes) -> None:
         assert list(backend.list("none/")) == []
 
 
-@pytest.mark.parametrize("key", ["a//b", "./a", "a/../b", "a/"])
+@pytest.mark.parametrize("key", ["a//b", "./a", "a/../b", "a//"])
 def test_odd_paths_are_refused(push: Pusher, blob: bytes, key: str) -> None:
     with opened(push.uri(":v1")) as backend:
         with pytest.raises(InvalidInput):

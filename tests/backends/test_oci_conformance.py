@@ -9,6 +9,7 @@ import pytest
 
 from storage.backends.base import Backend
 from storage.testing.conformance import BackendConformance
+from storage.testing.conformance_write import Conditions, Writing
 from tests.backends.oci_support import TITLE, Descriptor, Pusher, open_oci
 from tests.servers.registry import Registry
 
@@ -53,9 +54,13 @@ class ImageRaw(ArtifactRaw):
 
 
 class OCIConformance(BackendConformance):
-    count: ClassVar = 40
+    count: ClassVar = 20
     large: ClassVar = 1024 * 1024
     kind: ClassVar = ArtifactRaw
+    # What is about writing would be left out one by one, each with a push before.
+    locals().update(
+        {name: None for name in (*dir(Conditions), *dir(Writing)) if name.startswith("test_")}
+    )
 
     @pytest.fixture
     def raw(self, oci_registry: Registry, prefix: str) -> ArtifactRaw:

@@ -23,7 +23,7 @@ _HTPASSWD = f"{USER}:$2b$04$YMlQOEJsQ5RFzl81XcTKLeXO2wx4nwgIjav7PIUzfSvXYcRRa75I
 _CONFIG = """\
 version: 0.1
 log: {level: warn, accesslog: {disabled: true}}
-storage: {filesystem: {rootdirectory: @FOLDER@/data}, delete: {enabled: true}}
+storage: {inmemory: {}, maintenance: {uploadpurging: {enabled: false}}}
 http: {addr: "@ADDRESS@"}
 """
 _AUTH = """\
@@ -49,7 +49,7 @@ def find_umoci() -> str:
 
 
 class Registry(Server):
-    """One docker-registry with an empty store."""
+    """One docker-registry with an empty store, in its memory."""
 
     name = "docker-registry"
     health_path = "/"
