@@ -150,6 +150,16 @@ def test_other_patterns_leave_other_files(model: str, tmp_path: Path) -> None:
     assert set(tree(tmp_path)) == {"empty"}
 
 
+def test_one_call_leaves_the_sources_of_another_and_a_list_is_complete(
+    model: str, tmp_path: Path
+) -> None:
+    Storage.download(f"{model}/weights", str(tmp_path))
+    Storage.download(f"{model}/config.json", str(tmp_path))
+    assert set(tree(tmp_path)) == {"part-1.bin", "config.json"}
+    Storage.download_files([f"{model}/empty"], [str(tmp_path)])
+    assert set(tree(tmp_path)) == {"empty"}
+
+
 def test_several_files_at_once(model: str, tmp_path: Path) -> None:
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert Storage.download_files([model, f"{model}/weights"], folders) == folders

@@ -77,6 +77,20 @@ def test_a_source_that_replaces_a_file_of_another_replaces_all_of_it(tmp_path: P
     assert tree(tmp_path) == {**V2, "other.bin": b"0"}
 
 
+def test_only_the_named_sources_stay(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_bytes(b"0")
+    for name in ("one", "two", "three"):
+        put(tmp_path, f"s3://b/{name}", {f"{name}.bin": b"1", f"shared/{name}": b"1"})
+    with Place(str(tmp_path), "s3://b/one", only=["s3://b/two"]) as place:
+        assert not place.is_current(f"plan of {['one.bin', 'shared/one']}")
+        fill(place, {"one.bin": b"1"})
+        place.publish("new")
+
+    assert set(tree(tmp_path)) == {"one.bin", "two.bin", "shared/two", "mine.txt"}
+    with Place(str(tmp_path), "s3://b/one", only=["s3://b/two"]) as place:
+        assert place.is_current("new")
+
+
 def test_two_sources_of_one_call_do_not_replace_one_another(tmp_path: Path) -> None:
     put(tmp_path, "s3://b/one", {"config.json": b"1"})
     with pytest.raises(InvalidInput, match=r"config\.json"):

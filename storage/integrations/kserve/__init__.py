@@ -33,7 +33,8 @@ class Storage:
 
         One object becomes a file of its name in the folder, a tree its content, and one archive
         (tar, tar.gz, tar.bz2, tar.xz, zip) what it holds. What this source put there before and
-        has no more goes; what others put there stays.
+        has no more goes; what others put there stays, unless a file of theirs is replaced: then
+        all of it goes.
 
         Args:
             uri: any source that KServe or :mod:`storage` knows, a local path included.
@@ -51,7 +52,7 @@ class Storage:
         Raises:
             StorageError: the model cannot be had; nothing of it is in the folder.
         """
-        return Storage._bring((uri,), (out_dir,), allow_patterns, ignore_patterns)[0]
+        return _bring((uri,), (out_dir,), allow_patterns, ignore_patterns, complete=False)[0]
 
     @staticmethod
     def download_files(
@@ -63,7 +64,7 @@ class Storage:
         """Bring several models, one after the other; see :meth:`download`.
 
         All folders are made before the first is brought. Several sources may share one, if they
-        have no file in common.
+        have no file in common. What earlier calls brought there from other sources goes.
 
         Args:
             source_uris: the sources.
@@ -76,16 +77,18 @@ class Storage:
                 have a file of the same name.
             StorageError: one cannot be had; those before it are in their folders.
         """
-        return Storage._bring(source_uris, out_dirs, allow_patterns, ignore_patterns)
+        return _bring(source_uris, out_dirs, allow_patterns, ignore_patterns, complete=True)
 
-    @staticmethod
-    def _bring(
-        uris: Sequence[Path],
-        folders: Sequence[Path | None],
-        allow: str | Iterable[str] | None,
-        ignore: str | Iterable[str] | None,
-    ) -> list[str]:
-        # A model server that imports this may never call it.
-        from storage.integrations.kserve.batch import bring_all
 
-        return bring_all(uris, folders, allow, ignore)
+def _bring(
+    uris: Sequence[Path],
+    folders: Sequence[Path | None],
+    allow: str | Iterable[str] | None,
+    ignore: str | Iterable[str] | None,
+    *,
+    complete: bool,
+) -> list[str]:
+    # A model server that imports this may never call it.
+    from storage.integrations.kserve.batch import bring_all
+
+    return bring_all(uris, folders, allow, ignore, complete=complete)

@@ -26,6 +26,8 @@ def bring_all(
     folders: Sequence[Path | None],
     allow: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] | None = None,
+    *,
+    complete: bool = True,
     watch: Watch | None = None,
 ) -> list[str]:
     """Bring sources to their folders, which are all made first; stop at the first failure.
@@ -35,6 +37,8 @@ def bring_all(
         folders: as many; see :meth:`storage.integrations.kserve.Storage.download`.
         allow: patterns for all of them.
         ignore: patterns for all of them.
+        complete: whether these are all that the folders are to have; then what was brought there
+            from other sources goes.
         watch: returns what is called while a source is on its way.
 
     Returns:
@@ -61,21 +65,22 @@ def bring_all(
     patterns = environment.patterns(allow, ignore)
     done: list[str] = []
     for index, (uri, folder) in enumerate(pairs):
+        sharing = [other == folder or _same(folder, other) for _, other in pairs]
         beside = tuple(
-            other
-            for other, its in pairs[:index]
-            if None not in (folder, its) and _same(folder or "", its or "")
+            pair[0] for pair, shares in zip(pairs[:index], sharing, strict=False) if shares
         )
+        only = tuple(pair[0] for pair, shares in zip(pairs, sharing, strict=True) if shares)
         progress = None if watch is None else watch(uri, folder)
         began = time.monotonic()
         _log.info("bringing %s to %s", redact(uri), folder or "this machine")
-        done.append(bring(Wish(uri, folder, patterns, beside, progress), environment))
+        wish = Wish(uri, folder, patterns, beside, only if complete else None, progress)
+        done.append(bring(wish, environment))
         _log.info("brought %s in %.1f s", redact(uri), time.monotonic() - began)
     return done
 
 
-def _same(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
+def _same(one: str | None, other: str | None) -> bool:
+    return None not in (one, other) and os.path.realpath(one or "") == os.path.realpath(other or "")
 
 
 def _text(path: Path, what: str) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -74,7 +74,16 @@ class Wish:
     beside: tuple[str, ...] = ()
     """Sources that the same call has brought into the same folder before."""
 
+    only: tuple[str, ...] | None = None
+    """All sources that the folder is to have; ``None``: any."""
+
     progress: ProgressCallback | None = None
+
+    def place(self, source: str, folder: str) -> Place:
+        """Return the place of ``source`` in the ``folder``."""
+        beside = [_identity(uri) for uri in self.beside]
+        only = None if self.only is None else [_identity(uri) for uri in self.only]
+        return Place(folder, source, beside=beside, only=only)
 
 
 def bring(wish: Wish, environment: Environment) -> str:
@@ -173,7 +182,7 @@ def _link(wish: Wish, path: str) -> str:
             "one elsewhere"
         )
     names = _linked(source, wish.patterns)
-    with Place(wish.folder, _identity(source), beside=_identities(wish.beside)) as place:
+    with wish.place(_identity(wish.uri), wish.folder) as place:
         with translate_os_errors(wish.folder):
             os.mkdir(place.content)
         archive = next(iter(names.values())) if len(names) == 1 else ""
@@ -345,8 +354,7 @@ class _Source:
         mark = None if plan is None else plan.fingerprint()
         if mark is not None:
             mark = hashlib.sha256(f"{mark} {job.unpack}".encode()).hexdigest()[:32]
-        identity, beside = _identity(self._wish.uri), _identities(self._wish.beside)
-        with Place(folder, identity, beside=beside) as place:
+        with self._wish.place(_identity(self._wish.uri), folder) as place:
             if plan is not None and place.is_current(mark):
                 self._tell_present(plan)
                 return folder
@@ -382,7 +390,3 @@ def _identity(uri: str) -> str:
     """Return what tells a source from others, without what may be a credential."""
     path = _on_this_machine(uri)
     return f"file://{os.path.abspath(path)}" if path is not None else redact(uri)
-
-
-def _identities(uris: Collection[str]) -> list[str]:
-    return [_identity(uri) for uri in uris]

@@ -65,7 +65,14 @@ class Place:
     Another process that brings the same source waits until this one is done.
     """
 
-    def __init__(self, folder: str, source: str, *, beside: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: str,
+        source: str,
+        *,
+        beside: Collection[str] = (),
+        only: Collection[str] | None = None,
+    ) -> None:
         """Describe it; nothing is touched.
 
         Args:
@@ -73,10 +80,13 @@ class Place:
             source: what tells this source from others.
             beside: sources that came into the folder before, by the same call; nothing of
                 theirs is replaced.
+            only: all sources that the folder is to have; what was noted of others goes. ``None``:
+                there may be any.
         """
         self.folder = os.path.abspath(folder)
         self.key = _key(source)
         self._beside = {_key(other) for other in beside}
+        self._only = None if only is None else {self.key, *map(_key, only)}
         self._staging = os.path.join(self.folder, f".modelstorage.{self.key}")
         self._descriptor: int | None = None
         self._maker = os.getpid()
@@ -190,8 +200,9 @@ class Place:
         Args:
             plan: fingerprint of the source's content; ``None`` if it has none.
         """
-        share = self._read_note().get(self.key)
-        if share is None or plan is None or share.plan != plan:
+        shares = self._read_note()
+        share = shares.get(self.key)
+        if self._stale(shares) or share is None or plan is None or share.plan != plan:
             return False
         with contextlib.suppress(OSError):
             return share.state == _state(self.folder, share.paths)
@@ -212,7 +223,9 @@ class Place:
             DestinationError: the file system refuses.
         """
         with translate_os_errors(self.folder), self._alone():
-            moves = _Moves(self.folder, self.content, self._read_note(), self.key, self._beside)
+            shares = self._read_note()
+            leaving = {self.key, *self._stale(shares)}
+            moves = _Moves(self.folder, self.content, shares, leaving, self._beside)
             moves.shares[self.key] = _Share(
                 moves.new, plan, _state(self.content, moves.new) if plan else None
             )
@@ -233,6 +246,9 @@ class Place:
                 # An interrupt between two moves; what is left takes no time.
                 self._finish(self._staging)
                 raise
+
+    def _stale(self, shares: Collection[str]) -> set[str]:
+        return set() if self._only is None else set(shares) - self._only
 
     def _finish(self, staging: str) -> None:
         """Do what the record of moves in a staging folder says, or what is left of it."""
@@ -325,11 +341,11 @@ class _Moves:
         folder: str,
         content: str,
         shares: dict[str, _Share],
-        key: str,
+        leaving: Collection[str],
         beside: Collection[str],
     ) -> None:
         self._folder, self._content, self._beside = folder, content, beside
-        gone = set(shares.pop(key, _Share()).paths)
+        gone = {path for key in leaving for path in shares.pop(key, _Share()).paths}
         while True:
             self.old: list[str] = []
             self.new: list[str] = []
