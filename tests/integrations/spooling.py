@@ -36,7 +36,19 @@ from storage.integrations.scaleout.spool import Spool
 from storage.registry.objects import ObjectStore
 from storage.uri import parse_uri
 
-__all__ = ["Nursery", "Order", "Wrapping", "delivered", "observation", "sender_to", "store_at"]
+__all__ = [
+    "CLIENT",
+    "Nursery",
+    "Order",
+    "Spool",
+    "Wrapping",
+    "delivered",
+    "empty",
+    "impatient",
+    "observation",
+    "sender_to",
+    "store_at",
+]
 
 CLIENT = "edge/1"
 """The client of these tests; its id has a character that no name of a folder can have."""

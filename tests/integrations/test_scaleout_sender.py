@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
+import storage
 from storage import StorageClient
 from storage.errors import (
     AuthenticationError,
@@ -402,6 +405,31 @@ def test_closing_takes_no_longer_than_it_may(spool: Spool, store: Path, gate: Ga
     empty(sender_to(again, store))
     assert delivered(store) == once(1)
     again.close()
+
+
+_LEAVE = """
+import sys
+from tests.integrations.spooling import *
+spool = Spool(sys.argv[1], CLIENT)
+sender = sender_to(spool, sys.argv[2], linger=600.0)
+sender.start()
+spool.append(observation(1))
+"""
+
+
+def test_a_program_that_closes_nothing_ends_and_loses_nothing(tmp_path: Path, store: Path) -> None:
+    began = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-c", _LEAVE, str(tmp_path / "spool"), str(store)],
+        check=True,
+        timeout=60,
+        cwd=Path(storage.__file__).parents[1],
+    )
+    assert time.monotonic() - began < WAIT
+    spool = Spool(tmp_path / "spool", CLIENT)
+    empty(sender_to(spool, store))
+    assert delivered(store) == once(1)
+    spool.close()
 
 
 def test_a_sender_that_never_began_delivers_nothing(spool: Spool, store: Path) -> None:

@@ -601,6 +601,34 @@ def test_a_damaged_record_is_kept_and_told_and_costs_no_other_but_its_neighbour(
     assert open_spool(folder).damaged == 1
 
 
+def test_damage_does_not_stop_the_delivery_on_a_full_disk(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = open_spool(folder)
+    fill(spool, *range(8))
+    first, *_ = segments(folder)
+    text = first.read_bytes()
+    first.write_bytes(text.replace(b'"value":0', b'"value":9'))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal, "write_file", fail)
+    deliver(spool, store)
+    assert delivered(store) == once(*range(1, 8))
+    assert (folder / "damaged" / first.name).read_bytes().count(b'"value":9') == 1
+    assert "is damaged and cannot be delivered" in caplog.text
+    assert spool.damaged == 1
+
+
+def test_what_a_killed_process_did_not_finish_is_removed(folder: Path) -> None:
+    open_spool(folder).close()
+    for unfinished in (folder / "mark.new", folder / "aside" / "a@b.json.new"):
+        unfinished.write_bytes(b"half")
+    open_spool(folder).close()
+    assert not list(folder.rglob("*.new"))
+
+
 def test_a_segment_without_a_header_is_kept_and_told(
     folder: Path, store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

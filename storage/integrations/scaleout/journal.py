@@ -25,6 +25,7 @@ from storage.errors import DestinationError, InsufficientSpaceError
 from storage.transfer.lines import decode_line, encode_line
 
 __all__ = [
+    "UNFINISHED",
     "Header",
     "Line",
     "Mark",
@@ -38,6 +39,9 @@ __all__ = [
     "told_os_errors",
     "write_file",
 ]
+
+UNFINISHED = ".new"
+"""How the names of files end that nobody has finished; those of a killed process stay."""
 
 _FORMAT = 1
 _SLOT = 512
@@ -90,7 +94,7 @@ def write_file(path: str, data: bytes) -> None:
     Raises:
         OSError: as the system says; nothing is left.
     """
-    fresh = f"{path}.new"
+    fresh = f"{path}{UNFINISHED}"
     try:
         with open(fresh, "wb") as out:
             out.write(data)

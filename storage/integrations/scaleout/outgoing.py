@@ -33,6 +33,7 @@ class Outgoing:
         """Take from ``spool``."""
         self._spool = spool
         self._skip: dict[str, int] = {}
+        self._spoilt: set[str] = set()
         self._recovered = False
 
     # -- what was delivered already -----------------------------------------------------------
@@ -202,16 +203,22 @@ class Outgoing:
             spool.settled = max(spool.settled, number)
 
     def _leave(self, name: str) -> None:
-        """Remove a segment of which all is dealt with."""
+        """Remove a segment of which all is dealt with.
+
+        One that has something damaged for which there was no room elsewhere is moved away.
+        """
         spool = self._spool
         path = spool.path("segments", name)
         with spool.lock:
-            # The disk has to know that before.
-            spool.marks.sync()
+            # Whether the disk knows that or not: what is not there is not sent again.
             with contextlib.suppress(FileNotFoundError):
-                size = os.stat(path).st_size
-                os.unlink(path)
-                spool.used -= size
+                if name in self._spoilt:
+                    os.replace(path, spool.path("damaged", name))
+                else:
+                    size = os.stat(path).st_size
+                    os.unlink(path)
+                    spool.used -= size
+            self._spoilt.discard(name)
             spool.segments.popleft()
 
     # -- batches that were set aside ----------------------------------------------------------
@@ -285,10 +292,15 @@ class Outgoing:
         path = spool.path("damaged", f"{segment}-{line.start}")
         if os.path.exists(path):
             return
-        journal.write_file(path, line.text)
+        try:
+            journal.write_file(path, line.text)
+        except OSError:
+            # A disk that is full must not stop the delivery, which is what empties it.
+            path = spool.path("damaged", segment)
+            self._spoilt.add(segment)
         with spool.lock:
             spool.damaged += 1
-            spool.used += len(line.text)
+            spool.used += 0 if segment in self._spoilt else len(line.text)
         _log.error(
             "%s: a record of %d bytes is damaged and cannot be delivered; what is left of it is "
             "in %s",

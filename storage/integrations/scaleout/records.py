@@ -36,7 +36,6 @@ __all__ = [
     "metric",
     "numeric",
     "plain",
-    "plain",
     "report",
     "status",
     "telemetry",

@@ -11,6 +11,7 @@ and after each start.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import math
@@ -52,6 +53,8 @@ _REFUSALS = 3
 
 _ASIDE_WAIT = 60.0
 _ASIDE_WAIT_MAX = 3600.0
+# Seconds that a request under way may hold up the end of a program that did not close its sender.
+_AT_EXIT = 5.0
 # Not the fault of a batch: no other one would fare better.
 _OF_THE_STORE = (BucketMissingError, ConfigurationError, DestinationError, OfflineError)
 
@@ -150,6 +153,15 @@ class Sender:
         self._spool.on_append = self._appended
         self._thread = threading.Thread(target=self._run, name="scaleout-reports", daemon=True)
         self._thread.start()
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        """End the thread before the interpreter does, which would not ask what it is doing."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None and os.getpid() == self._pid:
+            self._thread.join(_AT_EXIT)
 
     def wake(self) -> None:
         """Try at once, whatever was to be waited for: the store seems to work again."""
@@ -207,6 +219,8 @@ class Sender:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))
+            if not self._thread.is_alive():
+                atexit.unregister(self._end)
         return flushed
 
     def counts(self) -> Counts:

@@ -31,6 +31,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from storage import files
 from storage.errors import (
@@ -249,6 +250,8 @@ class Spool:
             else:
                 self.segments.append(name)
         self._go_on()
+        for unfinished in Path(self.folder).rglob(f"*{journal.UNFINISHED}"):
+            unfinished.unlink()
         self.damaged = len(os.listdir(self.path("damaged")))
         self.used = sum(
             entry.stat().st_size
