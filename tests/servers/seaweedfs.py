@@ -143,6 +143,11 @@ class SeaweedFS(S3Server):
                 deletion = Request(f"{filer}{path}?recursive=true", method="DELETE")
                 urlopen(deletion, timeout=30).close()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a process: not before the start, and not after :meth:`halt`."""
+        return self._process is not None
+
     def halt(self) -> None:
         """End the process, so that nobody answers; what it holds stays for :meth:`resume`."""
         assert self._process is not None, f"{self.name} is not running"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from storage.container.filechunks import CHUNK_SIZE, FileChunk, filechunk_data, to_filechunks
 from storage.errors import IntegrityError, InvalidInput, ModelMissingError
-from storage.files import translate_os_errors
+from storage.files import shown, translate_os_errors
 from storage.integrations.scaleout import layout
 from storage.integrations.scratch import scratch
 
@@ -194,6 +194,40 @@ class ModelStore:
                 for data in filechunk_data(chunks):
                     file.write(data)
             return self.upload(path, model_id)
+
+    def publish(self, path: str | os.PathLike[str], model_id: str | None = None) -> str:
+        """Store a model that somebody has as a file, so that tasks may name it.
+
+        Args:
+            path: of a container, or of bare weights.
+            model_id: what it is to be called; by default what the container says. A container
+                that says something else is stored as a copy that says this.
+
+        Returns:
+            Its id.
+
+        Raises:
+            InvalidInput: it has no id, or one that cannot be a name.
+            ModelMissingError: there is no such file.
+            StorageError: as any upload.
+        """
+        from storage.container.model import ModelContainer
+
+        if ModelContainer.detect_format_file(path) == "legacy":
+            if model_id is None:
+                raise InvalidInput(
+                    f"{shown(path)} is no container, so nothing tells its model's id"
+                )
+            self.upload(path, model_id)
+            return model_id
+        with ModelContainer.from_file(path) as found:
+            wanted = layout.check_model(found.model_id if model_id is None else model_id)
+            if wanted == found.model_id:
+                self.upload(path, wanted)
+            else:
+                with found.to_builder().set_model_id(wanted).build() as named:
+                    self.accept(wanted, named.get_filechunk_stream())
+        return wanted
 
     def upload(self, path: str | os.PathLike[str], model_id: str) -> str:
         """Store a model that is in a file.

@@ -37,16 +37,18 @@ def local_fleet(scaleout: None, tmp_path: Path) -> Iterator[Fleet]:
         yield found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_server() -> Iterator[SeaweedFS]:
-    """A SeaweedFS of this test alone, which may stop it."""
+    """A SeaweedFS that a test may stop."""
     with SeaweedFS() as server:
+        server.create_bucket("fleet")
         yield server
 
 
 @pytest.fixture
 def own_fleet(scaleout: None, own_server: SeaweedFS, tmp_path: Path) -> Iterator[Fleet]:
     """An empty fleet on that."""
-    own_server.create_bucket("fleet")
     with fleet_on(own_server, "fleet", tmp_path) as found:
         yield found
+    if not own_server.is_running:  # the test failed in between
+        own_server.resume()

@@ -97,6 +97,26 @@ def test_ids_that_are_no_names_are_refused(tmp_path: Path) -> None:
         _store(tmp_path, others="s3://bucket/models")
 
 
+def test_a_file_is_published_under_the_id_that_it_says_or_gets(tmp_path: Path) -> None:
+    store, path, bare = _store(tmp_path), tmp_path / "model.zip", tmp_path / "weights.npz"
+    with ModelContainer.from_training_model([np.array([1.0], dtype=np.float32)]) as made:
+        made.save_to_file(path)
+        own = made.model_id
+    assert store.publish(path) == own
+    with store.open(str(own)) as file:
+        assert file.read() == path.read_bytes()
+    assert store.publish(path, "m-7") == "m-7"
+    with ModelContainer.from_filechunk_stream(store.chunks("m-7")) as found:
+        assert found.model_id == "m-7"
+        assert found.get_training_model()[0].tolist() == [1.0]
+    bare.write_bytes(b"any weights")
+    assert store.publish(bare, "m-8") == "m-8"
+    with pytest.raises(InvalidInput, match="no container"):
+        store.publish(bare)
+    with pytest.raises(InvalidInput, match="expected a file"):
+        store.publish(tmp_path / "missing", "m-9")
+
+
 def _store(tmp_path: Path, **options: object) -> ModelStore:
     from storage import StorageClient
 
