@@ -11,9 +11,6 @@ __all__ = ["WatchedModel", "WatchedSource"]
 class WatchedSource(ABC):
     """Where versions come from."""
 
-    whole = False
-    """Whether what :meth:`fetch` brings is always of one version."""
-
     @abstractmethod
     def look(self) -> str | None:
         """Return what tells the version that is there now; ``None`` if nothing does."""
@@ -28,6 +25,7 @@ class WatchedSource(ABC):
             offline: take what the cache has, whatever version that is.
 
         Raises:
+            ObjectChangedError: it is another one by now, that much is certain.
             OfflineError: ``offline``, and the cache does not have it.
         """
 

@@ -29,6 +29,7 @@ from storage.client.versions import VersionFolders
 from storage.client.watched import WatchedModel, WatchedSource
 from storage.errors import (
     InvalidInput,
+    ObjectChangedError,
     OfflineError,
     TransferError,
     UnsupportedOperation,
@@ -350,9 +351,13 @@ class Watcher:
                 before, version = version, self._source.look()
                 if version != before:
                     continue
-            model = self._bring(version)
             try:
-                after = version if self._source.whole else self._source.look()
+                model = self._bring(version)
+            except ObjectChangedError:
+                version = self._source.look()
+                continue
+            try:
+                after = self._source.look()
             except BaseException:
                 model.release()
                 raise
@@ -374,7 +379,9 @@ class Watcher:
                 f"{self._name}: the store does not tell one version from another; watch it "
                 "without a destination, so that contents are compared in the cache"
             )
-        held = folders.obtain(version, lambda dest: self._source.fetch(version, dest))
+        held = folders.obtain(
+            f"{self._name} {version}", lambda dest: self._source.fetch(version, dest)
+        )
 
         def release() -> None:
             held.release()

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from storage.registry.diff import VersionDiff
     from storage.registry.documents import Attributes, Version, VersionFile
     from storage.registry.gc import Collection
+    from storage.registry.leases import Pending
     from storage.registry.publish import PendingVersion
     from storage.registry.pull import fetch_again
-    from storage.registry.registry import ModelRegistry, Pending
+    from storage.registry.registry import ModelRegistry
+    from storage.registry.watching import RegistryWatcher
 
 _HOME = {
     "ANY": "aliases",
@@ -31,8 +33,9 @@ _HOME = {
     "Attributes": "documents",
     "Collection": "gc",
     "ModelRegistry": "registry",
-    "Pending": "registry",
+    "Pending": "leases",
     "PendingVersion": "publish",
+    "RegistryWatcher": "watching",
     "Version": "documents",
     "VersionDiff": "diff",
     "VersionFile": "documents",
@@ -47,6 +50,7 @@ __all__ = [
     "ModelRegistry",
     "Pending",
     "PendingVersion",
+    "RegistryWatcher",
     "Version",
     "VersionDiff",
     "VersionFile",

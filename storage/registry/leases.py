@@ -36,9 +36,11 @@ __all__ = [
     "CollectionDocument",
     "Lease",
     "LeaseDocument",
+    "Pending",
     "condemned",
     "list_collections",
     "list_leases",
+    "list_pending",
     "revoke",
 ]
 
@@ -235,6 +237,32 @@ def _advised(advice: str) -> Iterator[None]:
         yield
     except IntegrityError as exc:
         raise IntegrityError(f"{exc}; {advice}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A version that somebody is publishing, or was when he died."""
+
+    id: str
+    model: str
+
+    started: datetime
+    """By the clock of who publishes it, in UTC."""
+
+    renewed: datetime | None
+    """When it was last heard of, by the clock of the store."""
+
+
+def list_pending(store: ObjectStore) -> list[Pending]:
+    """Return the versions that have a lease, the oldest first."""
+    found: dict[str, Pending] = {}
+    for lease in list_leases(store):
+        known = found.get(lease.pending)
+        renewed = lease.modified
+        if known is not None and known.renewed is not None:
+            renewed = max(known.renewed, renewed or known.renewed)
+        found[lease.pending] = Pending(lease.pending, lease.model, lease.started, renewed)
+    return sorted(found.values(), key=lambda pending: pending.started)
 
 
 def list_leases(store: ObjectStore) -> list[LeaseDocument]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from storage.client.arguments import writable
@@ -19,28 +17,17 @@ from storage.uri import parse_uri
 
 if TYPE_CHECKING:
     from storage.client.client import StorageClient
+    from storage.client.watching import OnChange
     from storage.registry.gc import Collection
+    from storage.registry.leases import Pending
     from storage.registry.publish import PendingVersion
+    from storage.registry.watching import RegistryWatcher
     from storage.transfer.progress import ProgressCallback
     from storage.uri import Location
 
-__all__ = ["ModelRegistry", "Pending"]
+__all__ = ["ModelRegistry"]
 
 _PAGE = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A version that somebody is publishing, or was when he died."""
-
-    id: str
-    model: str
-
-    started: datetime
-    """By the clock of who publishes it, in UTC."""
-
-    renewed: datetime | None
-    """When it was last heard of, by the clock of the store."""
 
 
 class ModelRegistry:
@@ -240,17 +227,10 @@ class ModelRegistry:
 
     def pending(self) -> list[Pending]:
         """Return the versions that are being published, or were when their publisher died."""
-        from storage.registry.leases import list_leases
+        from storage.registry.leases import list_pending
 
         self._open()
-        found: dict[str, Pending] = {}
-        for lease in list_leases(self.store):
-            known = found.get(lease.pending)
-            renewed = lease.modified
-            if known is not None and known.renewed is not None:
-                renewed = max(known.renewed, renewed or known.renewed)
-            found[lease.pending] = Pending(lease.pending, lease.model, lease.started, renewed)
-        return sorted(found.values(), key=lambda pending: pending.started)
+        return list_pending(self.store)
 
     # -- publishing --------------------------------------------------------------------------
 
@@ -459,6 +439,26 @@ class ModelRegistry:
         from storage.registry.pull import make_pull
 
         return make_pull(self, model, reference, **options).run(dest)
+
+    def watch(
+        self,
+        model: str,
+        on_change: OnChange | None = None,
+        *,
+        alias: int | str = layout.LATEST,
+        **options: Any,
+    ) -> RegistryWatcher:
+        """Return what tells a server of each version that ``alias`` is set to, as it is moved.
+
+        Args:
+            model: its name.
+            on_change: called with a :class:`storage.WatchedModel`; its ``version`` is the number.
+            alias: ``latest`` for the highest number.
+            options: those of :class:`storage.ModelWatcher` but ``client``, ``config``, ``unpack``.
+        """
+        from storage.registry.watching import RegistryWatcher
+
+        return RegistryWatcher(self, model, alias, on_change, **options)
 
     def delete(self, model: str, version: int, *, force: bool = False) -> None:
         """Delete a version, for good. Its number is not given again.
