@@ -438,6 +438,30 @@ def test_a_layer_that_broke_off_is_gone_on_with(
         assert int(ranges[0].removeprefix("bytes=").partition("-")[0]) > 0
 
 
+def test_files_go_when_all_were_read_and_come_again_when_asked_for(
+    oci_registry: Registry, push: Pusher
+) -> None:
+    push.image("v1", BASE)
+    with Gate(oci_registry) as gate, opened(push.uri(":v1", gate.host)) as backend:
+        infos = {info.key: info for info in backend.list()}
+        assert len(os.listdir(tempfile.gettempdir())) == 1
+        assert set(tree_of(backend)) == set(infos)
+        assert os.listdir(tempfile.gettempdir()) == []
+        gate.clear()
+        assert {info.key: info for info in backend.list()} == infos
+        assert gate.body_bytes == 0
+        with backend.read("config.json", None, infos["config.json"]) as body:
+            assert b"".join(map(bytes, body)) == b"{}"
+
+
+def test_a_tag_that_moves_does_not_fill_the_disk(push: Pusher) -> None:
+    with opened(push.uri(":v1")) as backend:
+        for number in range(5):
+            push.image("v1", [[("models/a", bytes([number])), ("models/b", b"unread")]])
+            assert backend.stat("a").size == 1
+            assert len(os.listdir(tempfile.gettempdir())) <= 2
+
+
 def test_parts_of_files_in_layers_can_be_read(push: Pusher) -> None:
     push.image("v1", [[("models/a", bytes(range(256)) * 8000)]], "zstd")
     with opened(push.uri(":v1")) as backend:

@@ -77,6 +77,7 @@ def error_of(
     """
     status = response.status_code
     code, said = _told(response) if own else ("", "")
+    response.close()
     text = f"{status}: {said}" if said else str(status)
     if not own and status in (400, 401, 403, 404, 410):
         # A store behind the registry knows signed addresses only, and these expire.
@@ -114,8 +115,6 @@ def _told(response: requests.Response) -> tuple[str, str]:
         return str(first.get("code") or ""), one_line(first.get("message") or "", 160)
     except Exception:  # noqa: BLE001 -- the status says enough
         return "", ""
-    finally:
-        response.close()
 
 
 def content_start(response: requests.Response, where: str) -> int:

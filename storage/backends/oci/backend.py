@@ -25,7 +25,6 @@ from storage.backends.base import (
 )
 from storage.backends.oci.answers import body, content_start, translated
 from storage.backends.oci.content import Content
-from storage.backends.oci.layers import PackedFile
 from storage.backends.oci.manifests import (
     ACCEPT,
     INDEXES,
@@ -65,6 +64,8 @@ _DEFAULT_FOLDER = "/models"
 _MAX_MANIFEST = 8 * 1024 * 1024
 _MAX_CONFIG = 32 * 1024 * 1024
 _MAX_NESTING = 3
+# Manifests of which is remembered what they hold: what is, and what was read from before.
+_KEPT = 2
 _CHUNK = 1024 * 1024
 
 
@@ -159,7 +160,7 @@ class OCIBackend(ReadOnlyBackend):
                 f"bytes {start}-{end} of {where} were asked for, but it has {size} bytes"
             )
         if file is not None:
-            return _file_body(info, file, start, end, where)
+            return _file_body(info, content, start, end, where)
         assert layer is not None
         return self._blob_body(info, layer, start, end, where)
 
@@ -265,9 +266,16 @@ class OCIBackend(ReadOnlyBackend):
         content = Content(
             manifest, version, self._folder, diff_ids, self.where(""), self._start_layer
         )
+        old: list[Content] = []
         with self._lock:
             # Another thread may have been faster.
-            return self._contents.setdefault(version, content)
+            content = self._contents.setdefault(version, content)
+            # A tag that moves on and on would fill the disk with what nobody wants any more.
+            for other in [one for one in self._contents if one != version][: -(_KEPT - 1)]:
+                old.append(self._contents.pop(other))
+        for each in old:
+            each.close()
+        return content
 
     def _manifest(
         self, reference: str, digest: Digest | None, where: str
@@ -341,14 +349,8 @@ def _closing(response: requests.Response, chunks: Iterator[bytes]) -> Iterator[b
         response.close()
 
 
-def _file_body(info: ObjectInfo, file: PackedFile, start: int, end: int, where: str) -> Body:
-    try:
-        opened = open(file.path, "rb", buffering=0)  # noqa: SIM115 -- closed with the body
-    except OSError as exc:
-        raise DestinationError(
-            f"{where}: what was unpacked of it is gone from the folder for temporary files "
-            f"({exc.strerror}); ask again"
-        ) from exc
+def _file_body(info: ObjectInfo, content: Content, start: int, end: int, where: str) -> Body:
+    opened = content.open_packed(info.key)
 
     def chunks() -> Iterator[memoryview]:
         view = memoryview(bytearray(min(_CHUNK, end - start)))
@@ -356,7 +358,7 @@ def _file_body(info: ObjectInfo, file: PackedFile, start: int, end: int, where: 
             opened.seek(start)
             left = end - start
             while left:
-                count = opened.readinto(view[: min(left, len(view))]) or 0
+                count = opened.readinto(view[: min(left, len(view))]) or 0  # type: ignore[attr-defined]
                 if not count:
                     raise DestinationError(
                         f"{where}: what was unpacked of it was cut in the folder for temporary "
@@ -364,6 +366,7 @@ def _file_body(info: ObjectInfo, file: PackedFile, start: int, end: int, where: 
                     )
                 left -= count
                 yield view[:count]
+            content.was_read(info.key, end - start)
 
     return Body(info, chunks(), opened.close)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import IO
 
 from storage.backends.base import ObjectInfo
 from storage.backends.oci.layers import Fetch, Packed, PackedFile, Unpacking
@@ -83,6 +84,16 @@ class Content:
     def packed_file(self, key: str) -> PackedFile | None:
         """Return a file that came in a layer."""
         return None if self._unpacking is None else self._unpacking.files().get(key)
+
+    def open_packed(self, key: str) -> IO[bytes]:
+        """Open such a file."""
+        assert self._unpacking is not None
+        return self._unpacking.open(key)
+
+    def was_read(self, key: str, count: int) -> None:
+        """Note that ``count`` bytes of such a file were handed over."""
+        if self._unpacking is not None:
+            self._unpacking.was_read(key, count)
 
     def all(self) -> Iterator[ObjectInfo]:
         """Yield all objects; a key that two layers claim comes twice, and is refused above."""

@@ -17,7 +17,7 @@ from storage.backends.oci.manifests import Layer
 from storage.backends.oci.overlay import Overlay
 from storage.backends.oci.workspace import Workspace
 from storage.digest import Digest
-from storage.errors import IntegrityError, InvalidInput, one_line
+from storage.errors import IntegrityError, InvalidInput, TransientError, one_line
 from storage.files import check_space, remove, translate_os_errors
 from storage.unpacking.extraction import DamageError, ExtractionLimits
 from storage.unpacking.tar import Stream, extract_tar
@@ -25,6 +25,7 @@ from storage.unpacking.zstd import is_zstd, open_zstd, zstandard_error
 
 __all__ = ["Packed", "PackedFile", "Unpacking"]
 
+_FOLDER = "files"
 _GZIP = b"\x1f\x8b"
 _DAMAGE = (DamageError, gzip.BadGzipFile, zlib.error, EOFError)
 
@@ -46,13 +47,18 @@ class PackedFile:
     """A file that came in a layer."""
 
     path: str
-    """Where it lies on this machine."""
+    """Where it lies, below the folder of all of them."""
 
     size: int
 
 
 class Unpacking:
-    """The files of some layers. Safe for threads; work that broke off is gone on with."""
+    """The files of some layers. Safe for threads; work that broke off is gone on with.
+
+    What files there are is remembered. The files themselves go when all of them were read, which
+    is what a download does, so that a model is not there twice as long as its process lives; they
+    are fetched again if somebody reads one once more.
+    """
 
     def __init__(
         self,
@@ -82,9 +88,11 @@ class Unpacking:
         self._done = 0
         self._blob: _Blob | None = None
         self._files: dict[str, PackedFile] | None = None
+        self._is_here = False
+        self._unread: dict[str, int] = {}
 
     def files(self) -> dict[str, PackedFile]:
-        """Return all files by their paths; fetch and unpack what has not been yet.
+        """Return all files by their paths; fetch and unpack them for that if nobody has yet.
 
         Raises:
             IntegrityError: a layer is not what the manifest says.
@@ -93,32 +101,61 @@ class Unpacking:
             TransientError: a layer could not be fetched; the next call goes on with it.
         """
         with self._lock:
-            if self._files is None:
-                try:
-                    self._files = self._unpack()
-                except BaseException as exc:
-                    if not _can_go_on(exc):
-                        self._forget()
-                    raise
-            return self._files
+            return self._found() if self._files is None else self._files
+
+    def open(self, key: str) -> IO[bytes]:
+        """Open a file that there is; raises what :meth:`files` does."""
+        with self._lock:
+            files = self._files
+            if files is None or not self._is_here:
+                files = self._found()
+            assert self._workspace is not None
+            path = os.path.join(self._workspace.path, _FOLDER, files[key].path)
+            with translate_os_errors(path):
+                return open(path, "rb", buffering=0)
+
+    def was_read(self, key: str, count: int) -> None:
+        """Note that ``count`` bytes of a file were handed over."""
+        with self._lock:
+            if key not in self._unread:
+                return
+            self._unread[key] -= count
+            if self._unread[key] > 0:
+                return
+            del self._unread[key]
+            if not self._unread:
+                self._forget(files=False)
+
+    def _found(self) -> dict[str, PackedFile]:
+        try:
+            self._files = self._unpack()
+        except BaseException as exc:
+            if not isinstance(exc, TransientError):
+                self._forget()
+            raise
+        self._is_here = True
+        self._unread = {key: file.size for key, file in self._files.items() if file.size}
+        return self._files
 
     def close(self) -> None:
         """Remove the files."""
         with self._lock:
             self._forget()
 
-    def _forget(self) -> None:
+    def _forget(self, *, files: bool = True) -> None:
         if self._blob is not None:
             self._blob.close()
         if self._workspace is not None:
             self._workspace.close()
-        self._workspace = self._overlay = self._blob = self._files = None
-        self._done = 0
+        self._workspace = self._overlay = self._blob = None
+        self._is_here, self._done, self._unread = False, 0, {}
+        if files:
+            self._files = None
 
     def _unpack(self) -> dict[str, PackedFile]:
         if self._workspace is None:
             self._workspace = Workspace()
-        folder = os.path.join(self._workspace.path, "files")
+        folder = os.path.join(self._workspace.path, _FOLDER)
         with translate_os_errors(self._workspace.path):
             total = sum(each.layer.size for each in self._packed)
             if self._overlay is None:
@@ -171,12 +208,6 @@ class Unpacking:
             f"{self._where}: the layer {packed.layer.digest} cannot be unpacked: {one_line(exc)}; "
             "expected a whole tar, plain or compressed by gzip or zstd"
         )
-
-
-def _can_go_on(exc: BaseException) -> bool:
-    from storage.errors import TransientError
-
-    return isinstance(exc, TransientError)
 
 
 class _Blob:
@@ -258,8 +289,8 @@ def _decompressed(file: IO[bytes]) -> Iterator[Any]:
 def _index(folder: str, overlay: Overlay, limits: ExtractionLimits) -> dict[str, PackedFile]:
     """Return the files below a folder, through links too, which lead nowhere else."""
     found: dict[str, PackedFile] = {}
-    top = os.stat(folder)
-    stack = [("", folder, frozenset([(top.st_dev, top.st_ino)]))]
+    top, top_path = os.stat(folder), os.path.realpath(folder)
+    stack = [("", top_path, frozenset([(top.st_dev, top.st_ino)]))]
     while stack:
         prefix, path, above = stack.pop()
         for name in sorted(os.listdir(path)):
@@ -277,7 +308,8 @@ def _index(folder: str, overlay: Overlay, limits: ExtractionLimits) -> dict[str,
             if linked or os.path.realpath(path) != path:
                 # Whoever fetches the files gets it once more.
                 overlay.count(status.st_size)
-            found[key] = PackedFile(os.path.realpath(child), status.st_size)
+            place = os.path.relpath(os.path.realpath(child), top_path)
+            found[key] = PackedFile(place, status.st_size)
             if len(found) > limits.entries:
                 raise overlay.refusal(f"holds more than {limits.entries} files")
     return found

@@ -282,6 +282,8 @@ class RegistrySession:
                 # It would take a password from ~/.netrc, and mix the environment's proxies and
                 # authorities with those of the config.
                 session.trust_env = False
+                # Otherwise it reads the whole body of every redirection.
+                session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
                 adapter = HTTPAdapter(pool_maxsize=self._connections, max_retries=0)
                 session.mount("https://", adapter)
                 session.mount("http://", adapter)
