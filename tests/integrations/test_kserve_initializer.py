@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -196,6 +197,58 @@ def test_patterns_choose_files_of_a_claim(tmp_path: Path, monkeypatch: pytest.Mo
     assert os.listdir(tmp_path / "e") == []
 
 
+def test_patterns_follow_links_to_folders_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = tmp_path / "claim"
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "a.bin").write_bytes(b"1")
+    claim.mkdir()
+    (claim / "weights").symlink_to(tmp_path / "shared")
+    (claim / "circle").symlink_to(claim)
+    monkeypatch.setenv("STORAGE_ALLOW_PATTERNS", "*.bin")
+
+    assert main([str(claim), str(tmp_path / "d")]) == 0
+    assert tree(tmp_path / "d") == {"weights/a.bin": b"1"}
+
+
+def test_a_digest_is_expected_of_what_is_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.bin").write_bytes(b"1")
+    right = f"{tmp_path}/model.bin#sha256={hashlib.sha256(b'1').hexdigest()}"
+    wrong = f"{tmp_path}/model.bin#sha256={hashlib.sha256(b'2').hexdigest()}"
+
+    for number, source in enumerate((right, f"file://{right}")):
+        assert main([source, str(tmp_path / str(number))]) == 0
+        assert tree(tmp_path / str(number)) == {"model.bin": b"1"}
+    for number, source in enumerate((wrong, f"file://{wrong}"), 2):
+        assert main([source, str(tmp_path / str(number))]) == 1
+        assert tree(tmp_path / str(number)) == {}
+    assert "expected sha256" in capsys.readouterr().err
+
+
+def test_a_signature_is_demanded_of_what_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.bin").write_bytes(b"1")
+    key = Ed25519PrivateKey.generate().public_key()
+    (tmp_path / "public.pem").write_bytes(
+        key.public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    monkeypatch.setenv("STORAGE_REQUIRE_SIGNATURE", str(tmp_path / "public.pem"))
+
+    assert main([str(tmp_path / "model"), str(tmp_path / "d")]) == 1
+    assert os.listdir(tmp_path / "d") == []
+    assert "sign" in capsys.readouterr().err
+
+
 def test_a_destination_inside_of_its_source_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,9 +394,8 @@ def test_a_full_disk_is_said_and_left_empty(
     assert "bytes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_quickly_and_leaves_nothing(
-    number: signal.Signals, seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, tmp_path: Path
+    seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, tmp_path: Path
 ) -> None:
     from storage.testing.fault_link import Link
     from storage.testing.fault_proxy import FaultProxy
@@ -365,16 +417,53 @@ def test_a_signal_ends_it_quickly_and_leaves_nothing(
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             began = time.monotonic()
-            child.send_signal(number)
+            child.terminate()
             _, err = child.communicate(timeout=30)
             assert time.monotonic() - began < 8
         finally:
             child.kill()
             child.wait()
 
-    assert child.returncode == 128 + number
+    assert child.returncode == 128 + signal.SIGTERM
     assert len(err.splitlines()) == 1
     assert os.listdir(target) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_store_that_says_nothing_does_not_hold_up_a_signal(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    asked = threading.Event()
+    over = threading.Event()
+
+    def silent(request: Request) -> Reply:
+        if request.method == "GET":
+            asked.set()
+            over.wait(60)
+        return Reply(200, bytes(1000), {"Content-Type": "application/octet-stream"})
+
+    with OddHTTP(silent) as server:
+        child = subprocess.Popen(
+            command(f"{server.url}/m.bin", str(tmp_path)),
+            env=child_environment({}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert asked.wait(60)
+            time.sleep(0.2)
+            began = time.monotonic()
+            child.send_signal(number)
+            _, err = child.communicate(timeout=40)
+            assert time.monotonic() - began < 15
+        finally:
+            over.set()
+            child.kill()
+            child.wait()
+
+    assert child.returncode == 128 + number
+    assert err == "storage-initializer: terminated\n"
+    assert os.listdir(tmp_path) == []
 
 
 def test_two_at_once_agree(model: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -53,11 +53,13 @@ CLAIMS_FOLDER = "/mnt/pvc"
 """Where KServe mounts the claim of a ``pvc://`` URI."""
 
 _FILE = "file://"
-_ARCHIVE = re.compile(r"\.(?:tar(?:\.(?:gz|bz2|xz))?|tgz|taz|tbz2?|txz|zip)$", re.IGNORECASE)
+_ARCHIVE = re.compile(r"\.(?:tar(?:\.(?:gz|bz2|xz))?|tgz|taz|tz|tbz2?|txz|zip)$", re.IGNORECASE)
 # Repositories are brought as they are.
 _UNPACKED = ("s3", "gs", "azure", "http", "hdfs", "webhdfs")
 # Of the root of a volume, or of a mounted config map; no part of a model.
 _NOT_MODEL = re.compile(r"lost\+found|\.\..*")
+
+_DIGEST = re.compile(r"(?:sha256|blake3)=[0-9a-fA-F]{64}")
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ def bring(wish: Wish, environment: Environment) -> str:
     """
     path = _on_this_machine(wish.uri)
     if path is not None:
+        _demand(path, wish.uri)
         return _link(wish, path)
     if _is_within(wish.uri, MODELS_FOLDER):
         folder = wish.uri if wish.folder is None else wish.folder
@@ -148,17 +151,42 @@ def _on_this_machine(uri: str) -> str | None:
     Raises:
         ModelMissingError: it can only be one, and is not there.
     """
-    if uri.startswith(_FILE):
-        path = uri.removeprefix(_FILE)
-        path = path.removeprefix("localhost") if path.startswith("localhost/") else path
-        if not os.path.exists(path):
-            raise ModelMissingError(
-                path,
-                f"{shown(path)} is not there: expected a file or folder of this machine; check "
-                "the path, and that its volume is mounted",
-            )
-        return path
-    return uri if os.path.exists(uri) else None
+    path = _path_of(uri)
+    if path is not None and not os.path.exists(path):
+        raise ModelMissingError(
+            path,
+            f"{shown(path)} is not there: expected a file or folder of this machine; check the "
+            "path, and that its volume is mounted",
+        )
+    return path
+
+
+def _path_of(uri: str) -> str | None:
+    """Return the path that a source can only be; ``None`` if it is something else."""
+    if "://" not in uri:
+        return uri if os.path.exists(uri) else _without_digest(uri)
+    if not uri.startswith(_FILE):
+        return uri if os.path.exists(uri) else None
+    path = uri.removeprefix(_FILE)
+    path = path.removeprefix("localhost") if path.startswith("localhost/") else path
+    return path if os.path.exists(path) else _without_digest(path) or path
+
+
+def _without_digest(path: str) -> str | None:
+    """Return the path before a digest that is expected of it, if there is one, and the path is."""
+    plain, _, digest = path.rpartition("#")
+    return plain if _DIGEST.fullmatch(digest) and os.path.exists(plain) else None
+
+
+def _demand(path: str, uri: str) -> None:
+    """Refuse what is here if it has not the digest, or the signature, that it has to have."""
+    location = Location("file", "", os.path.abspath(path).lstrip("/"))
+    if not uri.endswith(path):
+        digest = uri.rpartition("#")[2].replace("=", ":").lower()
+        location = replace(location, digest=digest)
+    with StorageClient() as client:
+        if location.digest is not None or client.signature_policy is not None:
+            Download(client, location, DownloadOptions()).run(None)
 
 
 def _is_within(path: str, folder: str) -> bool:
@@ -218,19 +246,34 @@ def _linked(source: str, patterns: Patterns) -> dict[str, str]:
                 name: os.path.join(source, name) for name in names if not _NOT_MODEL.fullmatch(name)
             }
         else:
-            for folder, folders, names in os.walk(source, followlinks=False):
-                base = os.path.relpath(folder, source)
-                if base == ".":
-                    folders[:] = [name for name in folders if not _NOT_MODEL.fullmatch(name)]
-                for name in sorted(names):
-                    path = os.path.normpath(os.path.join(base, name))
-                    total += 1
-                    if patterns.wants(path):
-                        found[path] = os.path.join(folder, name)
+            for path, place in _files(source):
+                total += 1
+                if patterns.wants(path):
+                    found[path] = place
     if not found:
         what = f"none of its {total} files matches the patterns" if total else "it is empty"
         raise ModelMissingError(source, f"{shown(source)}: {what}; there is no model")
     return found
+
+
+def _files(source: str) -> Iterator[tuple[str, str]]:
+    """Yield all files below a folder, links to folders followed: relative and absolute paths."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = {os.path.realpath(source)}
+    for folder, folders, names in os.walk(source, onerror=fail, followlinks=True):
+        base = os.path.relpath(folder, source)
+        if base == ".":
+            folders[:] = [name for name in folders if not _NOT_MODEL.fullmatch(name)]
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(folder, name))
+            if os.path.islink(os.path.join(folder, name)) and real in seen:
+                folders.remove(name)
+            seen.add(real)
+        for name in sorted(names):
+            yield os.path.normpath(os.path.join(base, name)), os.path.join(folder, name)
 
 
 # -- in a store --------------------------------------------------------------------------------
@@ -366,7 +409,7 @@ class _Source:
                     os.mkdir(place.content)
                     name = job.location.name if plan is None else plan.files[0].path
                     os.rename(path, os.path.join(place.content, name))
-            place.publish(mark)
+            place.publish(mark, durable=job.durable)
         return folder
 
     def _tell_present(self, plan: Plan) -> None:
@@ -388,5 +431,5 @@ def _is_usable(folder: str) -> bool:
 
 def _identity(uri: str) -> str:
     """Return what tells a source from others, without what may be a credential."""
-    path = _on_this_machine(uri)
+    path = _path_of(uri)
     return f"file://{os.path.abspath(path)}" if path is not None else redact(uri)

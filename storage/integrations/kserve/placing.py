@@ -208,7 +208,7 @@ class Place:
             return share.state == _state(self.folder, share.paths)
         return False
 
-    def publish(self, plan: str | None = None) -> None:
+    def publish(self, plan: str | None = None, *, durable: bool = False) -> None:
         """Move the entries of :attr:`content` into the folder.
 
         What this source had put there before goes. So does all of another source that has a
@@ -216,6 +216,7 @@ class Place:
 
         Args:
             plan: fingerprint of the source's content, if it has one.
+            durable: whether the moves are forced to the disk; what is in the files has been.
 
         Raises:
             InvalidInput: a file of another source of the same call has the same path.
@@ -246,6 +247,8 @@ class Place:
                 # An interrupt between two moves; what is left takes no time.
                 self._finish(self._staging)
                 raise
+            for parent in {os.path.dirname(path) for path in moves.new} if durable else ():
+                files.sync(os.path.join(self.folder, parent))
 
     def _stale(self, shares: Collection[str]) -> set[str]:
         return set() if self._only is None else set(shares) - self._only
