@@ -43,6 +43,10 @@ def origin_of(location: Location, config: Any) -> str:
     """
     if location.scheme == "pvc":
         return "" if config is None else str(config.folder(location.bucket))
+    if location.scheme == "oci" and config is not None:
+        # The same name gives other files for another platform, or from another folder.
+        chosen = [name for name in ("platform", "model_folder") if config.explicit(name)]
+        return " ".join(f"{name}={getattr(config, name)}" for name in chosen)
     if getattr(config, "uri_type", "") == "*":
         # Any option may say which store it is, and any may be a secret.
         options = sorted(config.options.get_secret_value().items())

@@ -129,6 +129,18 @@ def test_an_image_is_there_offline(push: Pusher, gate: Gate, client: StorageClie
     assert gate.asked == []
 
 
+def test_the_models_of_two_folders_are_kept_apart(push: Pusher) -> None:
+    push.image("v1", [[("models/a", b"1"), ("other/b", b"2")]])
+    found = {}
+    for folder in ("/models", "/other"):
+        with StorageClient() as client:
+            config = OCIConfig(model_folder=folder)
+            client.download(push.uri(":v1"), config=config)
+            found[folder] = client.download(push.uri(":v1"), config=config, offline=True)
+    assert read_tree(Path(found["/models"])) == {"a": b"1"}
+    assert read_tree(Path(found["/other"])) == {"b": b"2"}
+
+
 def test_patterns_choose_files_and_fetch_no_other_blobs(
     push: Pusher, gate: Gate, client: StorageClient, tmp_path: Path
 ) -> None:
