@@ -354,6 +354,28 @@ def test_a_store_that_is_away_is_not_stormed(spool: Spool, store: Path, gate: Ga
     assert delivered(store) == once(*range(number))
 
 
+def test_who_is_in_a_hurry_waits_for_no_others_but_storms_no_store(
+    spool: Spool, store: Path, gate: Gate
+) -> None:
+    sender = sender_to(
+        spool, store, client=gate.client(), linger=600.0, wait_initial=0.2, wait_max=10.0
+    )
+    sender.start()
+    for number in range(3):
+        fill(spool, number)
+        sender.hurry()
+        until(lambda: sender.counts().delivered == spool.last)
+    gate.error = away
+    gate.writes.clear()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        fill(spool, 0)
+        sender.hurry()
+        time.sleep(0.005)
+    assert 1 <= len(gate.writes) <= 3
+    assert not sender.close(0.1)
+
+
 def test_a_failure_is_told_once(
     spool: Spool, store: Path, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,6 +19,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,6 +133,7 @@ class Sender:
         self._changed = threading.Condition()
         # All of these are guarded by it.
         self._urgent = False
+        self._hurried = False
         self._stopping = False
         self._flushing = 0
         self._rounds = 0
@@ -167,6 +169,12 @@ class Sender:
         """Try at once, whatever was to be waited for: the store seems to work again."""
         with self._changed:
             self._urgent = True
+            self._changed.notify_all()
+
+    def hurry(self) -> None:
+        """Let what is there wait for no others. A store that failed is not asked any sooner."""
+        with self._changed:
+            self._hurried = True
             self._changed.notify_all()
 
     def flush(self, timeout: float) -> bool:
@@ -406,13 +414,18 @@ class Sender:
         until = max(0.0, self._aside_at - time.monotonic()) if self._aside else None
         self._wait_for_pending(1, until)
         if self._spool.pending and not self._flushing:
-            self._wait_for_pending(self._most, self._linger)
+            self._wait_for_pending(self._most, self._linger, lambda: self._hurried)
+        self._hurried = False
         self._heard()
 
-    def _wait_for_pending(self, wanted: int, timeout: float | None) -> None:
+    def _wait_for_pending(
+        self, wanted: int, timeout: float | None, is_enough: Callable[[], bool] = bool
+    ) -> None:
         # Said before the look at it: whoever adds a record does these two in the other order.
         self._wanted = wanted
-        self._changed.wait_for(lambda: self._spool.pending >= wanted or self._is_called(), timeout)
+        self._changed.wait_for(
+            lambda: self._spool.pending >= wanted or self._is_called() or is_enough(), timeout
+        )
         self._wanted = math.inf
 
     def _wait(self, seconds: float) -> None:
