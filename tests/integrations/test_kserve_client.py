@@ -219,6 +219,23 @@ def test_threads_of_one_process_agree(model: str, tmp_path: Path) -> None:
     assert tree(Path(found[0])) == MODEL
 
 
+def test_processes_that_start_together_fetch_once(
+    seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, tmp_path: Path
+) -> None:
+    uri = put_all(seaweedfs, shared_bucket, prefix, {"a.bin": b"1" * 1000, "b.bin": b"2"})
+    with CountingProxy(seaweedfs.endpoint) as proxy:
+        variables = {**variables_of(seaweedfs), "S3_ENDPOINT": proxy.endpoint}
+        children = [
+            subprocess.Popen(command(uri, str(tmp_path)), env=child_environment(variables))
+            for _ in range(3)
+        ]
+        assert [child.wait(120) for child in children] == [0] * 3
+        fetched = [each for each in proxy.requests if each.method == "GET" and ".bin" in each.path]
+
+    assert len(fetched) == 2
+    assert tree(tmp_path) == {"a.bin": b"1" * 1000, "b.bin": b"2"}
+
+
 def test_logs_hold_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "storage")
     with OddHTTP(lambda request: Reply(200, b"1", {"ETag": '"1"'})) as server:
