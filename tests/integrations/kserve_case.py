@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tests.integrations.kserve_stores import Files, Page
+from tests.integrations.kserve_places import Files, Page
 
 __all__ = [
     "MODEL",

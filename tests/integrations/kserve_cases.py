@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gzip
 
-from tests.integrations import kserve_cases_clouds, kserve_cases_s3
+from tests.integrations import (
+    kserve_cases_clouds,
+    kserve_cases_repositories,
+    kserve_cases_s3,
+)
 from tests.integrations.kserve_case import MODEL, Case, Failed, Page, Wrong, tar, zipped
 
 CONFIG = {"config.json": MODEL["config.json"]}
@@ -25,12 +29,15 @@ USAGE = [
          ("$root/nothing", "$dest", "$root", "$dest2"), also={}),
     Case("second-pair-fails", "s3", MODEL, Failed("nothing"),
          ("$root", "$dest2", "$root/nothing", "$dest"), also=MODEL),
-    Case("destination-in-a-destination", "s3", MODEL, {**MODEL, "adapter/part-1.bin": PART["part-1.bin"]},
+    Case("destination-in-a-destination", "s3", MODEL,
+         {**MODEL, "adapter/part-1.bin": PART["part-1.bin"]},
          ("$root", "$dest", "$root/weights", "$dest/adapter")),
     Case("deep-destination", "local", CONFIG, {"a/b/config.json": CONFIG["config.json"]},
          ("$root", "$dest/a/b")),
     Case("empty-destination", "local", MODEL, Failed("."), ("$root", "")),
     Case("empty-source", "local", MODEL, Failed("."), ("", "$dest")),
+    Case("confidential", "local", MODEL, Failed("CONFIDENTIAL"),
+         variables={"CONFIDENTIAL_ENABLED": "true", "CONFIDENTIAL_RESOURCE_ID": "kbs:///a/b/c"}),
     Case("unknown-scheme", "local", MODEL, Failed("nosuchscheme"),
          ("nosuchscheme://a/b", "$dest")),
     Case("nothing-recognized", "local", MODEL, Failed("no such model"), ("no such model", "$dest")),
@@ -170,5 +177,5 @@ HTTP = [
 
 CASES = [
     *(*USAGE, *LOCAL, *CLAIMS, *HTTP),
-    *(*kserve_cases_s3.CASES, *kserve_cases_clouds.CASES),
+    *(*kserve_cases_s3.CASES, *kserve_cases_clouds.CASES, *kserve_cases_repositories.CASES),
 ]

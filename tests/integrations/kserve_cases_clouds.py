@@ -1,4 +1,4 @@
-"""The cases of the comparison whose models are on GCS, Azure Blob Storage or the Hub."""
+"""The cases of the comparison whose models are on GCS or Azure Blob Storage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from tests.integrations.kserve_case import MODEL, Case, Failed, Wrong, tar, zipp
 
 TYPES = {"a.safetensors": b"1", "b.bin": b"2", "notes/c.json": b"3"}
 SIBLINGS = {"iris/a.bin": b"1", "iris-v2/b.bin": b"2"}
-TOKEN = {"HF_TOKEN": "$token"}
 DENIED = "denied|refused|authenti|permission|private|token"
 
 GCS = [
@@ -92,39 +91,4 @@ AZURE = [
          ("https://blob.core.windows.net.not.azure.example/c/m", "$dest")),
 ]  # fmt: skip
 
-HUB = [
-    Case("hf-model", "hf", MODEL, MODEL),
-    Case("hf-branch", "hf", {**MODEL, "v1:old.bin": b"1"}, {"old.bin": b"1"},
-         ("$root:v1", "$dest")),
-    Case("hf-tag", "hf", {**MODEL, "v1:old.bin": b"1"}, {"old.bin": b"1"},
-         ("$root:1.0", "$dest")),
-    Case("hf-commit", "hf", {**MODEL, "v1:old.bin": b"1"}, {"old.bin": b"1"},
-         ("$root:$commit", "$dest")),
-    Case("hf-pull-request", "hf", {**MODEL, "v1:old.bin": b"1"}, {"old.bin": b"1"},
-         ("$root:refs/pr/1", "$dest"), old=Wrong("the slashes are taken for the path's")),
-    Case("hf-without-an-owner", "hf_short", MODEL, MODEL, old=Wrong("two parts are demanded")),
-    Case("hf-missing", "hf", MODEL, Failed("nothing"), ("hf://owner/nothing", "$dest")),
-    Case("hf-missing-revision", "hf", MODEL, Failed("v9"), ("$root:v9", "$dest")),
-    Case("hf-no-model", "hf", MODEL, Failed("hf://"), ("hf://owner/", "$dest")),
-    Case("hf-private", "hf_private", MODEL, MODEL, variables=TOKEN),
-    Case("hf-private-without-a-token", "hf_private", MODEL, Failed(DENIED)),
-    Case("hf-wrong-token", "hf_private", MODEL, Failed(DENIED),
-         variables={"HF_TOKEN": "hf_wrong"}),
-    Case("hf-allow", "hf", TYPES, {"a.safetensors": b"1", "notes/c.json": b"3"},
-         variables={"STORAGE_ALLOW_PATTERNS": "*.safetensors,*.json"}),
-    Case("hf-ignore", "hf", TYPES, {"a.safetensors": b"1", "b.bin": b"2"},
-         variables={"STORAGE_IGNORE_PATTERNS": "notes/*"}),
-    Case("hf-nothing-allowed", "hf", TYPES, Failed("pattern"),
-         variables={"STORAGE_ALLOW_PATTERNS": "*.onnx"},
-         old=Wrong("it reports success with nothing", {})),
-    Case("hf-archives-stay", "hf", {"m.zip": zipped(MODEL), "a.txt": b"1"},
-         {"m.zip": zipped(MODEL), "a.txt": b"1"}),
-    Case("hf-one-archive-stays", "hf", {"m.zip": zipped(MODEL)}, {"m.zip": zipped(MODEL)}),
-    Case("hf-unreachable", "hf", MODEL, Failed("127.0.0.1|reach|connect"),
-         variables={"HF_ENDPOINT": "http://127.0.0.1:$closed"}),
-    Case("hf-second-version", "hf", {"a.bin": b"2"}, {"a.bin": b"2"},
-         earlier={"a.bin": b"1", "old.bin": b"0"},
-         old=Wrong("files of the first version stay", {"a.bin": b"2", "old.bin": b"0"})),
-]  # fmt: skip
-
-CASES = [*GCS, *AZURE, *HUB]
+CASES = [*GCS, *AZURE]

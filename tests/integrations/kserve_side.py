@@ -34,8 +34,8 @@ _ALWAYS = {
     "NO_GCE_CHECK": "true",
     "PATH": os.defpath,
 }
-# What the Hub's own client keeps beside the files.
-_NOTES = re.compile(r"\.cache/huggingface/")
+# What the clients of Hubs and of git keep beside the files.
+_NOTES = re.compile(r"\.cache/huggingface/|\.git/|\.ms(?:c|v)$|\._+temp/")
 
 Tree = dict[str, bytes]
 
@@ -87,9 +87,7 @@ class Initializer:
         path = [] if program.endswith(".py") else [str(REPOSITORY)]
         # One process for all files of a bucket: a pool of four takes most of a short run.
         environment = {"S3_MAX_FILE_CONCURRENCY": "1"}
-        self.files = peer(
-            "prepare", modules=list(modules), path=path, environment=environment
-        )
+        self.files = peer("prepare", modules=list(modules), path=path, environment=environment)
 
     def folder(self) -> Path:
         """Return a new folder for a run."""

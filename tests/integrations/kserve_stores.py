@@ -3,76 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 import pytest
 
-from tests.servers import (
-    Azurite,
-    FakeGCS,
-    ForwardProxy,
-    Hub,
-    Moto,
-    NginxHTTP,
-    OddHTTP,
-    Reply,
-    Request,
-    S3Server,
-    SeaweedFS,
-    free_port,
-)
+from tests.integrations.kserve_places import ACCOUNT_HOST, Files, Page, Place, write
+from tests.integrations.kserve_repositories import Repositories
+from tests.servers import Azurite, NginxHTTP, OddHTTP, Reply, Request, S3Server, free_port
 from tests.servers.process import HOST
 from tests.servers.seaweedfs import PUBLIC_BUCKET, READABLE_BUCKET
-from tests.servers.tls import TlsFront
 
 BUCKET = "kserve"
-ACCOUNT_HOST = f"{Azurite.main.name}.blob.core.windows.net"
 S3_HOST = "s3.models.example"
-
-T = TypeVar("T")
-
-Files = Mapping[str, "bytes | Page"]
-
-
-@dataclass(frozen=True)
-class Page:
-    """What the HTTP server answers for a path.
-
-    Attributes:
-        body: of the answer.
-        kind: its ``Content-Type``.
-        headers: more of its headers.
-        wanted: headers that a request must have; 401 without.
-        status: of the answer.
-        cut: bytes after which the connection is cut, each time.
-    """
-
-    body: bytes
-    kind: str = "application/octet-stream"
-    headers: Mapping[str, str] = field(default_factory=dict)
-    wanted: Mapping[str, str] = field(default_factory=dict)
-    status: int = 200
-    cut: int | None = None
-
-
-@dataclass
-class Place:
-    """Where a case's files are.
-
-    Attributes:
-        root: the URI of all of them.
-        environment: leads a client to the store; a case adds to it.
-        names: what the templates of a case may name.
-    """
-
-    root: str
-    environment: dict[str, str] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
 
 
 class Pages:
@@ -93,19 +37,8 @@ class Pages:
         return Reply(page.status, page.body, headers, cut=page.cut)
 
 
-class Stores:
+class Stores(Repositories):
     """All servers that the cases need, and how to fill them."""
-
-    def __init__(self, scratch: Path, get: Callable[[str], object]) -> None:
-        """Take the servers from pytest as they are needed, by ``get``."""
-        self._scratch = scratch
-        self._get = get
-        self._stack = ExitStack()
-        self._made: dict[str, object] = {}
-
-    def close(self) -> None:
-        """Stop what was started here."""
-        self._stack.close()
 
     def place(self, store: str, name: str, files: Files, claims: Sequence[Path]) -> Place:
         """Put a case's files into a store.
@@ -123,7 +56,7 @@ class Stores:
     def common(self) -> dict[str, str]:
         """Return the names that the templates of every case may hold."""
         shared = self._scratch / "shared"
-        _write(shared, {"shared.bin": b"shared"})
+        write(shared, {"shared.bin": b"shared"})
         return {"closed": str(free_port()), "shared": str(shared)}
 
     # --- S3 -------------------------------------------------------------------------------------
@@ -290,7 +223,7 @@ class Stores:
         """Use a real web server, over HTTP and TLS."""
         server = self._get("nginx_http")
         assert isinstance(server, NginxHTTP)
-        _write(server.data / name, files)
+        write(server.data / name, files)
         names = {
             "bundles": str(self._bundle("nginx-authority", Path(server.ca_file))),
             "ca": server.ca_file,
@@ -300,112 +233,15 @@ class Stores:
         }
         return Place(f"{server.endpoint}/{name}", {}, names)
 
-    def _hf(self, name: str, files: Files, claims: Sequence[Path], private: bool = False) -> Place:
-        """Use a Hub; files below ``v1:`` are those of the branch, the tag and a pull request."""
-        repo = self.hub.repo(f"owner/{name}", private=private)
-        first, last = _of_revisions(files)
-        commit = self.hub.put(repo, first or last)
-        repo.branches["v1"] = repo.tags["1.0"] = repo.pulls["refs/pr/1"] = commit.id
-        if first:
-            self.hub.put(repo, last)
-        names = {"commit": commit.id, "token": self.hub.writer.token}
-        return Place(f"hf://owner/{name}", {"HF_ENDPOINT": self.hub.url}, names)
-
-    def _hf_private(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
-        return self._hf(name, files, claims, private=True)
-
-    def _hf_short(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
-        """Use a model without an owner, as the oldest ones are."""
-        repo = self.hub.repo(name)
-        self.hub.put(repo, _of_revisions(files)[1])
-        return Place(f"hf://{name}", {"HF_ENDPOINT": self.hub.url})
-
     def _local(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
         folder = self._scratch / "local" / name
-        _write(folder, files)
+        write(folder, files)
         return Place(str(folder))
 
     def _claim(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
         for claim in claims:
-            _write(claim / name, files)
+            write(claim / name, files)
         return Place(f"/mnt/pvc/{name}", {}, {"name": name})
-
-    # --- servers --------------------------------------------------------------------------------
-
-    @property
-    def seaweedfs(self) -> SeaweedFS:
-        """The main S3 server."""
-        server = self._get("seaweedfs")
-        assert isinstance(server, SeaweedFS)
-        return server
-
-    @property
-    def moto(self) -> Moto:
-        """The S3 server that keeps keys literally."""
-        server = self._get("moto")
-        assert isinstance(server, Moto)
-        return server
-
-    @property
-    def gcs(self) -> FakeGCS:
-        """The GCS server."""
-        server = self._get("gcs_server")
-        assert isinstance(server, FakeGCS)
-        return server
-
-    @property
-    def azurite(self) -> Azurite:
-        """The Azure server."""
-        server = self._get("azurite")
-        assert isinstance(server, Azurite)
-        return server
-
-    @property
-    def hub(self) -> Hub:
-        """The Hub."""
-        server = self._get("module_hub")
-        assert isinstance(server, Hub)
-        return server
-
-    def _front(self, name: str, target: str) -> TlsFront:
-        start = TlsFront(target, hosts=(HOST, "localhost", f"*.{ACCOUNT_HOST.partition('.')[2]}"))
-        return self._once(name, lambda: self._stack.enter_context(start))
-
-    def _proxy(self, name: str, hosts: dict[str, tuple[str, int]]) -> ForwardProxy:
-        return self._once(name, lambda: self._stack.enter_context(ForwardProxy(hosts=hosts)))
-
-    def _bundle(self, name: str, certificate: Path) -> Path:
-        """Return a folder like a mounted ConfigMap of authorities."""
-        folder = self._scratch / name
-        folder.mkdir(exist_ok=True)
-        shutil.copy(certificate, folder / "cabundle.crt")
-        return folder
-
-    def _once(self, name: str, make: Callable[[], T]) -> T:
-        """Return what was made under a name; make it now if it was not."""
-        if name not in self._made:
-            self._made[name] = make()
-        made: Any = self._made[name]
-        return cast("T", made)
-
-
-def _of_revisions(files: Files) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    first: dict[str, bytes] = {}
-    last: dict[str, bytes] = {}
-    for path, content in files.items():
-        assert isinstance(content, bytes)
-        of, name = (first, path[3:]) if path.startswith("v1:") else (last, path)
-        of[name] = content
-    return first, last
-
-
-def _write(folder: Path, files: Files) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, content in files.items():
-        assert isinstance(content, bytes)
-        file = folder / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import pytest
 
 from tests.integrations.kserve_case import Case, Failed, Files, Wrong
 from tests.integrations.kserve_cases import CASES
+from tests.integrations.kserve_places import Place
 from tests.integrations.kserve_side import (
     KSERVE_STORAGE,
     Initializer,
@@ -25,7 +26,7 @@ from tests.integrations.kserve_side import (
     old_program,
     this_library,
 )
-from tests.integrations.kserve_stores import Place, Stores, stores
+from tests.integrations.kserve_stores import Stores, stores
 from tests.servers.process import ServerError
 
 NOBODY = 65534

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ import requests
 
 from tests.integrations.kserve_side import REPOSITORY
 from tests.integrations.mlflow_support import PROJECT
-from tests.peers.environments import Release
+from tests.peers.environments import INSIDE, Release
 from tests.servers import SeaweedFS, Server, ServerError, free_port
 
-SERVING = str(Path(__file__).with_name("kserve_serving.py"))
+SERVING = str(INSIDE / "kserve_serving.py")
 KSERVE = Release(
     "kserve==0.21.0",
     besides=(
@@ -137,7 +137,7 @@ def _serves(server: ModelServer, trained: Trained) -> None:
 
 
 @pytest.fixture
-def pod(tmp_path: Path, variables: dict[str, str], archive: str) -> Iterator[Path]:
+def pod(tmp_path: Path, variables: dict[str, str], archive: str) -> Path:
     """The folder that a pod's initializer leaves to its model server."""
     models = tmp_path / "models"
     ended = subprocess.run(
@@ -147,7 +147,7 @@ def pod(tmp_path: Path, variables: dict[str, str], archive: str) -> Iterator[Pat
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert [path.name for path in models.iterdir()] == ["model.joblib"]
-    yield models
+    return models
 
 
 def test_the_real_server_serves_what_the_replaced_import_fetched_from_s3(

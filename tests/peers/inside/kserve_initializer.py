@@ -1,5 +1,6 @@
 """What the image of KServe's storage initializer runs, around the library that is installed."""
 
+import importlib
 import os
 import sys
 
@@ -22,6 +23,9 @@ def main():
     except Exception as exc:  # noqa: BLE001 - the entry point catches all there is
         logger.error("Storage initialization failed: %s", exc)
         sys.exit(1)
+    if os.environ.get("CONFIDENTIAL_ENABLED", "").lower() == "true":
+        # What it would ask for the key is in the enclaves of some clouds alone.
+        importlib.import_module("kserve_storage.confidential")
 
 
 if __name__ == "__main__":
