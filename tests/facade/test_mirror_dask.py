@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from storage import AzureConfig, S3Config, StorageOperations
+from storage import AzureConfig, MirrorError, S3Config, StorageOperations
 from storage.transfer.progress import Progress
 from tests.facade.stores import s3_config
 from tests.servers import SeaweedFS
@@ -199,3 +199,34 @@ def test_what_dask_gives_up_after_a_death_is_given_out_again(
     assert result.resubmitted >= 1
     assert (result.copied + result.skipped, result.failed) == (len(files), 0)
     assert target.content() == files
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_client_that_is_closed_midway_leaves_nobody_waiting(
+    origin: Origin, target: Target, cluster: tuple[Any, Any], again: bool
+) -> None:
+    """Dask never ends some of its futures then."""
+    from distributed import Client
+
+    made, _ = cluster
+    clients: list[Any] = []
+
+    def connect() -> Any:
+        clients.append(Client(made, set_as_default=False))
+        return clients[-1].get_executor(pure=False)
+
+    def close(progress: Progress) -> None:
+        if len(clients) == 1 and progress.objects_done >= 20:
+            clients[0].close()
+
+    options = {"src_uri": f"{origin.uri}/shard-4", "batch_size": 10, "progress": close}
+    if again:
+        assert mirror(origin, target, executor=connect, **options).failed == 0
+        assert len(target.names()) == OBJECTS // 10
+    else:
+        with pytest.raises(MirrorError, match="pass a function") as caught:
+            mirror(origin, target, executor=connect(), **options)
+        result = caught.value.result
+        assert 20 <= result.copied + result.skipped < OBJECTS // 10  # type: ignore[attr-defined]
+    for client in clients:
+        client.close()

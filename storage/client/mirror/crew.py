@@ -15,6 +15,7 @@ from typing import Self
 
 from storage import cancellation
 from storage.client.mirror.batch import Batch, ItemOutcome, run_batch
+from storage.errors import TransferError
 
 __all__ = ["TRIES", "AnyExecutor", "Crew", "GoneError"]
 
@@ -40,6 +41,8 @@ class Crew:
         self._executor = executor if isinstance(executor, Executor) else None
         self._running: dict[Future[tuple[ItemOutcome, ...]], tuple[Batch, Executor]] = {}
         self._tries: dict[str, int] = {}
+        # Why there is no executor any more.
+        self._error: Exception | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -65,20 +68,17 @@ class Crew:
         for _ in range(TRIES):
             if self._executor is None:
                 if self._make is None:
-                    raise GoneError("it is broken")
+                    break
                 self._executor = self._make()
             try:
                 future = self._executor.submit(run_batch, batch)
-            except BrokenExecutor as exc:
-                self._drop(self._executor)
-                error: Exception = exc
             except Exception as exc:  # noqa: BLE001 -- whatever an executor raises
-                error = exc
-                break
+                self._error = exc
+                self._drop(self._executor)
             else:
                 self._running[future] = batch, self._executor
                 return
-        raise GoneError(f"{type(error).__name__}: {error}") from error
+        raise GoneError(f"{type(self._error).__name__}: {self._error}") from self._error
 
     def finished(
         self,
@@ -86,18 +86,32 @@ class Crew:
         """Wait for batches to end; yield each with its outcomes, or what came instead of them."""
         while not (done := wait(self._running, _NAP, FIRST_COMPLETED).done):
             cancellation.check()
+            lost = [future for future, (_, by) in self._running.items() if _is_closed(by)]
+            for future in lost:
+                batch, executor = self._running.pop(future)
+                future.cancel()
+                self._drop(executor)
+                self._count(batch)
+                self._error = TransferError("the executor's client was closed")
+                yield batch, (), self._error
+            if lost:
+                return
         for future in done:
             batch, executor = self._running.pop(future)
-            self._tries[batch.name] = self._tries.get(batch.name, 0) + 1
+            self._count(batch)
             try:
                 outcomes, error = future.result(), None
             except Exception as exc:  # noqa: BLE001 -- whatever an executor raises
                 outcomes, error = (), exc
                 if isinstance(exc, BrokenExecutor):
+                    self._error = exc
                     self._drop(executor)
             else:
                 del self._tries[batch.name]
             yield batch, outcomes, error
+
+    def _count(self, batch: Batch) -> None:
+        self._tries[batch.name] = self._tries.get(batch.name, 0) + 1
 
     def tried(self, batch: Batch) -> int:
         """Return how often a batch was given out in vain."""
@@ -111,5 +125,14 @@ class Crew:
         if executor is self._executor:
             self._executor = None
             if self._make is not None:
-                with contextlib.suppress(RuntimeError):
+                # It is broken, in whatever way.
+                with contextlib.suppress(Exception):
                     executor.shutdown(wait=False)
+
+
+def _is_closed(executor: Executor) -> bool:
+    """Tell whether this is the executor of a Dask client that was closed, or lost its cluster.
+
+    Then some of its futures never end: whoever should end them fails by fetching their results.
+    """
+    return getattr(getattr(executor, "_client", None), "status", None) == "closed"
