@@ -35,6 +35,7 @@ __all__ = ["Place", "abandon"]
 
 _XATTR = "user.modelstorage.sources"
 _NOTE = ".modelstorage"
+_NEW_NOTE = f"{_NOTE}.new"
 _STAGING = re.compile(r"\.modelstorage\.[0-9a-f]{16}")
 # What a download leaves for the next one to go on with.
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
@@ -148,19 +149,23 @@ class Place:
     def _settle(self) -> None:
         """Finish the moves of killed processes, and remove what they left; not what lives."""
         self._finish(self._staging)
+        files.remove(os.path.join(self.folder, _NEW_NOTE))
         for name in filter(_STAGING.fullmatch, os.listdir(self.folder)):
             path = os.path.join(self.folder, name)
             if path == self._staging:
                 continue
-            with contextlib.suppress(OSError):
+            try:
                 descriptor = _open_folder(path)
-                try:
-                    # Somebody may be at work in it, or this file system has no locks to tell.
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue  # gone meanwhile, or another user's
+            try:
+                if _is_free(descriptor):
+                    # Not to be passed over: what it says of the others would be outdated.
                     self._finish(path)
-                    files.remove(path)
-                finally:
-                    os.close(descriptor)
+                    with contextlib.suppress(OSError):
+                        files.remove(path)
+            finally:
+                os.close(descriptor)
 
     def _tidy(self) -> None:
         """Remove what is in the staging folder but for what can be gone on with."""
@@ -309,9 +314,10 @@ class Place:
         try:
             os.setxattr(self.folder, _XATTR, text)
         except OSError:  # none on this file system, or it is too long for one
-            with open(f"{note}.new", "wb") as file:
+            fresh = os.path.join(self.folder, _NEW_NOTE)
+            with open(fresh, "wb") as file:
                 file.write(text)
-            os.rename(f"{note}.new", note)
+            os.rename(fresh, note)
             with contextlib.suppress(OSError):
                 os.removexattr(self.folder, _XATTR)
         else:
@@ -420,6 +426,15 @@ def _patience() -> float:
 
 def _open_folder(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _is_free(descriptor: int) -> bool:
+    """Lock an open folder, if nobody has; false too where there are no locks to tell."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _is_real_folder(path: str) -> bool:
