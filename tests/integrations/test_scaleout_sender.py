@@ -40,6 +40,7 @@ from storage.registry import documents
 from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Fault, Request
 from storage.testing.faulty_backend import FaultyBackend
+from tests.facade.conftest import any_store
 from tests.facade.stores import S3Store, s3_config
 from tests.integrations.spooling import (
     CLIENT,
@@ -140,14 +141,18 @@ def away(_: str) -> Exception:
 # -- delivery --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["file", "s3"])
+@pytest.mark.parametrize(
+    "kind", ["file", "pvc", "seaweedfs-obstore", "gcs-fsspec", "azurite-obstore", "hub"]
+)
 def test_reports_arrive_as_they_were_made_and_in_order(
-    kind: str, spool: Spool, store: Path, request: pytest.FixtureRequest
+    kind: str,
+    spool: Spool,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    prefix: str,
 ) -> None:
-    uri, config = str(store), None
-    if kind == "s3":
-        there: S3Store = request.getfixturevalue("s3")
-        uri, config = there.base, there.config
+    there = any_store(request, tmp_path_factory, kind, prefix)
+    uri, config = there.base, there.config
     said = [
         records.metric({"loss": 0.25, "worst": float("inf")}, model_id="m", step=0, round_id="1"),
         records.attribute("os", "linux", priority="artifact"),

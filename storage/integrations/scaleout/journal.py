@@ -348,8 +348,8 @@ class MarkFile:
         if any(each is None and slot.strip(b"\0") for each, slot in zip(found, slots, strict=True)):
             self.mark = Mark(**{**asdict(self.mark), "doubtful": True})
 
-    def write(self, mark: Mark, *, sync: bool) -> None:
-        """Put another mark in the place of this one.
+    def write(self, mark: Mark) -> None:
+        """Put another mark in the place of this one; it is in the kernel when this returns.
 
         Raises:
             OSError: it cannot be written; the one before may be in force.
@@ -360,8 +360,6 @@ class MarkFile:
         self._generation += 1
         self._next = 1 - self._next
         self.mark = mark
-        if sync:
-            self.sync()
 
     def sync(self) -> None:
         """Force it to disk.

@@ -94,7 +94,7 @@ class Outgoing:
                     if is_active and start >= end:
                         spool.settled = spool.last
                         if mark.doubtful:
-                            spool.marks.write(replace(mark, doubtful=False), sync=True)
+                            spool.marks.write(replace(mark, doubtful=False))
                         return None
                 batch = self._gather(name, start, end, most)
                 if batch is not None:
@@ -171,8 +171,14 @@ class Outgoing:
                 batch=batch.name,
                 end=batch.end,
             )
-            spool.marks.write(mark, sync=True)
+            spool.marks.write(mark)
+        self._sync_mark()
         return replace(batch, fixed=None)
+
+    def _sync_mark(self) -> None:
+        # Without the lock: whoever reports does not wait for a disk.
+        with self._spool.told("what is to be sent cannot be noted"):
+            self._spool.marks.sync()
 
     def settle(self, batch: Batch) -> None:
         """Note that a batch was delivered.
@@ -199,8 +205,10 @@ class Outgoing:
                 batch=None,
                 end=0,
             )
-            spool.marks.write(passed, sync=sync)
+            spool.marks.write(passed)
             spool.settled = max(spool.settled, number)
+        if sync:
+            self._sync_mark()
 
     def _leave(self, name: str) -> None:
         """Remove a segment of which all is dealt with.
@@ -279,7 +287,7 @@ class Outgoing:
             files.remove(self._aside_path(name))
             spool.used -= len(data)
             mark = spool.marks.mark
-            spool.marks.write(replace(mark, delivered=mark.delivered + records), sync=False)
+            spool.marks.write(replace(mark, delivered=mark.delivered + records))
 
     def _aside_path(self, name: str) -> str:
         # No name of a batch holds this character.

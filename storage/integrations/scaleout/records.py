@@ -49,6 +49,7 @@ STATUS = "status"
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TEXTS = ("key", "model_id", "round_id", "session_id", "task_id", "priority")
+_OPTIONAL = (*_TEXTS, "step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,16 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON's values, without what is unknown."""
-        found = {name: value for name, value in asdict(self).items() if value is not None}
-        found["time"] = documents.write_time(self.time)
+        found = {
+            "kind": self.kind,
+            "payload": self.payload,
+            "time": documents.write_time(self.time),
+            "monotonic": self.monotonic,
+        }
+        for name in _OPTIONAL:
+            value = getattr(self, name)
+            if value is not None:
+                found[name] = value
         return found
 
 
