@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -62,6 +62,9 @@ class _Running:
     is_known: bool = True
     """Whether the store has been told of it."""
 
+    is_lost: bool = False
+    """Whether its result is not wanted any more."""
+
     thread: threading.Thread | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -103,8 +106,9 @@ class TaskRunner:
         self._on_outcome = on_outcome
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        # Claims of other clients: they are there for good, and need no second look.
+        # Claims of other clients, and requests: they are there for good, and need no second look.
         self._foreign: set[tuple[str, int]] = set()
+        self._requests: dict[str, Request] = {}
         self._stopping = threading.Event()
 
     # -- what others ask ---------------------------------------------------------------------
@@ -167,11 +171,19 @@ class TaskRunner:
         found = sorted([*mine, *shared], key=lambda entry: entry.id)
         self._stop_aborted({entry.id: entry for entry in found})
         self._tell_of_own()
+        self._forget({entry.id for entry in found})
         for entry in found:
             if self._stopping.is_set():
                 return
             if entry.is_requested and not entry.has_ended:
                 self._consider(entry)
+
+    def _forget(self, found: set[str]) -> None:
+        with self._lock:
+            self._foreign = {each for each in self._foreign if each[0] in found}
+            self._requests = {
+                task: request for task, request in self._requests.items() if task in found
+            }
 
     def _stop_aborted(self, found: dict[str, TaskEntry]) -> None:
         with self._lock:
@@ -179,11 +191,15 @@ class TaskRunner:
         for each in running:
             entry = found.get(each.entry.id)
             if entry is None:
-                self._interrupt(each, "the task was removed")
+                self._lose(each, "the task was removed")
+            elif entry.has_ended or entry.claim > each.entry.claim:
+                self._lose(each, "another process of this client has taken the task over")
             elif entry.is_aborted:
                 self._interrupt(each, "Aborted by server")
-            elif entry.has_ended:
-                self._interrupt(each, "the task has ended elsewhere")
+
+    def _lose(self, running: _Running, reason: str) -> None:
+        running.is_lost = True
+        self._interrupt(running, reason)
 
     @staticmethod
     def _interrupt(running: _Running, reason: str) -> None:
@@ -216,7 +232,7 @@ class TaskRunner:
         elif request is not None and request.type.startswith(AUTONOMOUS):
             self._note(entry, Result(FAILED, {"error": _ENDED}, *self._moment()))
         elif request is not None:
-            self._begin(entry, request)
+            self._begin(replace(entry, claim=entry.claim + 1), request)
 
     def _may_take(self, entry: TaskEntry) -> bool:
         name = entry.claimed(entry.claim)
@@ -238,13 +254,20 @@ class TaskRunner:
 
     def _request(self, entry: TaskEntry) -> tuple[Request | None, str | None]:
         """Return what is to be done, or why that cannot be told; neither if it is gone."""
+        with self._lock:
+            request = self._requests.get(entry.id)
+        if request is not None:
+            return request, None
         data = self._store.read(entry.request)
         if data is None:
             return None, None
         try:
-            return Request.parse(data, self._store.where(entry.request)), None
+            request = Request.parse(data, self._store.where(entry.request))
         except (IntegrityError, UnsupportedOperation) as exc:
             return None, one_line(exc)
+        with self._lock:
+            self._requests[entry.id] = request
+        return request, None
 
     def _take(self, entry: TaskEntry) -> bool:
         """Claim a task; return whether it is this process's to do, and still to be done."""
@@ -334,7 +357,9 @@ class TaskRunner:
             ended, response = FAILED, {"error": one_line(exc) or type(exc).__name__}
         result = Result(ended, response, self._client_id, running.started, datetime.now(UTC))
         own = running if running.is_own else None
-        is_given_up = ended == INTERRUPTED and self._stopping.is_set() and own is None
+        is_given_up = ended == INTERRUPTED and (
+            running.is_lost or (self._stopping.is_set() and own is None)
+        )
         if not is_given_up:
             try:
                 self._note(running.entry, result, done.model, own)
