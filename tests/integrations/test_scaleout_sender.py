@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -457,6 +458,25 @@ def test_a_program_that_closes_nothing_ends_and_loses_nothing(tmp_path: Path, st
     empty(sender_to(spool, store))
     assert delivered(store) == once(1)
     spool.close()
+
+
+def test_a_forked_child_delivers_nothing_and_waits_for_nothing(spool: Spool, store: Path) -> None:
+    sender = sender_to(spool, store, linger=600.0)
+    sender.start()
+    fill(spool, 1)
+    # As if a thread of the parent were in the middle of it.
+    with sender._changed:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            sender.wake()
+            sender.hurry()
+            done = sender.flush(10.0) or sender.close(10.0)
+            sender._end()
+            os._exit(int(done or sender.counts().delivered))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert sender.close(WAIT)
+    assert delivered(store) == once(1)
 
 
 def test_a_sender_that_never_began_delivers_nothing(spool: Spool, store: Path) -> None:

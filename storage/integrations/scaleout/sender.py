@@ -19,6 +19,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -147,6 +148,7 @@ class Sender:
         self._aside_at = 0.0
         self._aside_delay = _ASIDE_WAIT
         self._aside = len(self._outgoing.aside())
+        _senders.add(self)
 
     # -- for the program ----------------------------------------------------------------------
 
@@ -159,10 +161,12 @@ class Sender:
 
     def _end(self) -> None:
         """End the thread before the interpreter does, which would not ask what it is doing."""
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        if self._thread is not None and os.getpid() == self._pid:
+        if self._thread is not None:
             self._thread.join(_AT_EXIT)
 
     def wake(self) -> None:
@@ -230,6 +234,10 @@ class Sender:
             if not self._thread.is_alive():
                 atexit.unregister(self._end)
         return flushed
+
+    def forget(self) -> None:
+        """Give up what threads of the parent may hold; for the child of a fork."""
+        self._changed = threading.Condition()
 
     def counts(self) -> Counts:
         """Return how it goes."""
@@ -453,3 +461,14 @@ def _is_refusal(exc: Exception) -> bool:
     if isinstance(exc, (TransientError, *_OF_THE_STORE)):
         return False
     return not isinstance(exc.__cause__, TransientError)
+
+
+_senders: weakref.WeakSet[Sender] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for sender in _senders:
+        sender.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
