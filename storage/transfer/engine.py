@@ -41,6 +41,7 @@ _RAMP_LOOKS = 3
 _RAMP_GAIN = 1.1
 _RAMP_RETRY = 30
 _NAP = 1.0
+_TURN = 0.25
 
 
 class CancelledError(Exception):
@@ -72,7 +73,12 @@ class Budget:
         self._slots = threading.BoundedSemaphore(connections)
 
     def __enter__(self) -> None:
-        self._slots.acquire()
+        if cancellation.current() is None:
+            self._slots.acquire()
+        else:
+            # Others may hold them for long.
+            while not self._slots.acquire(timeout=_TURN):
+                cancellation.check()
 
     def __exit__(self, *_: object) -> None:
         self._slots.release()

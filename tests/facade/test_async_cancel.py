@@ -365,6 +365,30 @@ def test_without_a_token_nothing_is_cancelled() -> None:
     assert cancellation.current() is None
 
 
+def test_waiting_for_a_connection_that_others_hold_ends() -> None:
+    token, budget = CancellationToken(), Budget(1)
+    threading.Timer(0.1, token.cancel).start()
+    ran: list[int] = []
+    with budget, cancellable(token), pytest.raises(OperationCancelledError):
+        run_tasks([lambda _: ran.append(1)], budget, 1)
+    assert ran == []
+
+
+def test_whoever_started_the_work_and_whoever_runs_it_may_cancel_it() -> None:
+    for index in range(2):
+        tokens = CancellationToken(), CancellationToken()
+        with cancellable(tokens[0]), cancellation.also(tokens[1]):
+            cancellation.check()
+            tokens[index].cancel()
+            with pytest.raises(OperationCancelledError):
+                cancellation.pause(30)
+            with cancellable(None):
+                cancellation.check()
+            event = threading.Event()
+            with cancellation.linked(event):
+                assert event.is_set()
+
+
 def test_work_that_is_cancelled_begins_no_further_task_and_no_further_try() -> None:
     token = CancellationToken()
     tasks: list[int] = []
