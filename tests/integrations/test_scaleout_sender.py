@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from storage.registry import documents
 from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Fault, Request
 from storage.testing.faulty_backend import FaultyBackend
+from tests.cache.processes import forked
 from tests.facade.conftest import any_store
 from tests.facade.stores import S3Store, s3_config
 from tests.integrations.spooling import (
@@ -460,21 +460,21 @@ def test_a_program_that_closes_nothing_ends_and_loses_nothing(tmp_path: Path, st
     spool.close()
 
 
+def _use(sender: Sender) -> bool:
+    sender.wake()
+    sender.hurry()
+    done = sender.flush(10.0) or sender.close(10.0)
+    sender._end()
+    return not done and not sender.counts().delivered
+
+
 def test_a_forked_child_delivers_nothing_and_waits_for_nothing(spool: Spool, store: Path) -> None:
     sender = sender_to(spool, store, linger=600.0)
     sender.start()
     fill(spool, 1)
     # As if a thread of the parent were in the middle of it.
     with sender._changed:
-        child = os.fork()
-        if not child:
-            signal.alarm(20)
-            sender.wake()
-            sender.hurry()
-            done = sender.flush(10.0) or sender.close(10.0)
-            sender._end()
-            os._exit(int(done or sender.counts().delivered))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert forked(partial(_use, sender))
     assert sender.close(WAIT)
     assert delivered(store) == once(1)
 

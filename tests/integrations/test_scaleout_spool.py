@@ -29,6 +29,7 @@ from storage.integrations.scaleout import journal, records
 from storage.integrations.scaleout.outgoing import Outgoing
 from storage.integrations.scaleout.records import Record
 from storage.integrations.scaleout.spool import Spool
+from tests.cache.processes import forked
 from tests.integrations.spooling import (
     CLIENT,
     Nursery,
@@ -409,19 +410,20 @@ def test_the_spool_of_a_dead_process_is_free(how: str, folder: Path) -> None:
             process.stdout.close()
 
 
+def _is_told(spool: Spool) -> bool:
+    with pytest.raises(DestinationError, match="the parent's"):
+        spool.append(observation(2))
+    return True
+
+
 def test_a_forked_child_does_not_write_into_the_spool_of_its_parent(
     folder: Path, store: Path
 ) -> None:
     spool = open_spool(folder)
     fill(spool, 1)
-    child = os.fork()
-    if not child:
-        try:
-            spool.append(observation(2))
-        except DestinationError as exc:
-            os._exit(0 if "the parent's" in str(exc) else 2)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    # As if another thread of the parent were in the middle of it.
+    with spool.lock:
+        assert forked(partial(_is_told, spool))
     fill(spool, 3)
     with pytest.raises(ConfigurationError):
         open_spool(folder)
