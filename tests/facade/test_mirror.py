@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -801,3 +803,30 @@ def test_limits_and_named_stores_of_the_client_hold_for_its_workers(
         assert counts(client.mirror(one.base, two.base, executor=pool)) == (1, 0, 0, 0)
     assert content(two) == {"a": b"1"}
     assert (seen[0].ends.transfer.connections, seen[0].ends.transfer.attempts) == (3, 2)
+
+
+def test_a_cancelled_mirror_gives_out_no_more_work(make_store: Callable[[str], Store]) -> None:
+    one, two = make_store("memory"), make_store("file")
+    one.put_all(many(300, 3))
+    with Counting() as pool:
+
+        async def run() -> None:
+            task: asyncio.Task[Any]
+
+            def cancel(progress: Progress) -> None:
+                loop.call_soon_threadsafe(task.cancel)
+                time.sleep(0.05)
+
+            loop = asyncio.get_running_loop()
+            task = asyncio.ensure_future(
+                StorageOperations.amirror(
+                    one.base, two.base, executor=pool, batch_size=5, in_flight=2, progress=cancel
+                )
+            )
+            await task
+
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(run())
+        assert len(pool.sizes) < 20
+    assert counts(mirror(one, two))[3] == 0
+    assert content(two) == content(one)

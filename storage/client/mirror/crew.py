@@ -84,6 +84,7 @@ class Crew:
         self,
     ) -> Iterator[tuple[Batch, tuple[ItemOutcome, ...], BaseException | None]]:
         """Wait for batches to end; yield each with its outcomes, or what came instead of them."""
+        cancellation.check()
         while not (done := wait(self._running, _NAP, FIRST_COMPLETED).done):
             cancellation.check()
             lost = [future for future, (_, by) in self._running.items() if _is_closed(by)]
