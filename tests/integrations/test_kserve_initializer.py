@@ -75,6 +75,17 @@ def test_the_image_installs_and_runs_what_there_is() -> None:
     assert command_line in project["scripts"]
 
 
+def test_a_model_that_is_to_be_decrypted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.jwe").write_bytes(b"eyJ")
+    monkeypatch.setenv("CONFIDENTIAL_ENABLED", "true")
+
+    assert main([str(tmp_path / "model.jwe"), str(tmp_path / "d")]) == 1
+    assert "CONFIDENTIAL_ENABLED" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
 def test_several_pairs(model: str, tmp_path: Path) -> None:
     one, two = tmp_path / "deep" / "one", tmp_path / "two"
 

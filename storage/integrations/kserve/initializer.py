@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from storage.errors import StorageError, one_line, redact
+from storage.errors import ConfigurationError, StorageError, one_line, redact
 
 if TYPE_CHECKING:
     from storage.transfer.progress import Progress
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _signals_raise(), _warnings_as_lines():
             from storage.integrations.kserve.batch import bring_all
 
+            _refuse_confidential()
             bring_all(arguments[::2], arguments[1::2], watch=_Watch)
     except _EndedError as exc:
         _say("terminated")
@@ -72,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: unexpected {type(exc).__name__}: {exc}")
         return _FAILED
     return 0
+
+
+def _refuse_confidential() -> None:
+    """Refuse to hand over files as they are that somebody expects to be decrypted."""
+    if os.environ.get("CONFIDENTIAL_ENABLED", "").strip().lower() == "true":
+        raise ConfigurationError(
+            "CONFIDENTIAL_ENABLED asks for a model to be decrypted with a key of the enclave, which "
+            "this initializer cannot do; use KServe's image for it, or unset the variable"
+        )
 
 
 class _Watch:
