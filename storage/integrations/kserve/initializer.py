@@ -79,7 +79,7 @@ def _refuse_confidential() -> None:
     """Refuse to hand over files as they are that somebody expects to be decrypted."""
     if os.environ.get("CONFIDENTIAL_ENABLED", "").strip().lower() == "true":
         raise ConfigurationError(
-            "CONFIDENTIAL_ENABLED asks for a model to be decrypted with a key of the enclave, which "
+            "CONFIDENTIAL_ENABLED asks for a model to be decrypted with an enclave's key, which "
             "this initializer cannot do; use KServe's image for it, or unset the variable"
         )
 
