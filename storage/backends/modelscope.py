@@ -19,13 +19,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from storage.backends.base import Body, ByteRange, ObjectInfo, OpenOptions, check_prefix
+from storage.backends.base import Body, ByteRange, ObjectInfo, OpenOptions
 from storage.backends.drivers.web import WebSession
 from storage.backends.readonly import READ_ONLY, ReadOnlyBackend
+from storage.backends.repositories import check_folder, check_path
 from storage.digest import Digest
 from storage.errors import (
     BucketMissingError,
-    InvalidInput,
     ModelMissingError,
     ObjectChangedError,
     StorageError,
@@ -119,7 +119,11 @@ class ModelScopeBackend(ReadOnlyBackend):
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         """See :meth:`Backend.stat`. There are no versions of single files."""
-        self._check_key(key)
+        check_path(key, self.where(key))
+        if version not in (None, self._revision):
+            raise ModelMissingError(
+                self.where(key), f"{self.where(key)}: files of ModelScope have no versions"
+            )
         folder, _, _ = key.rpartition("/")
         for info in self._entries(folder, self.where(key), recursive=False)[0]:
             if info.key == key:
@@ -128,9 +132,7 @@ class ModelScopeBackend(ReadOnlyBackend):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`."""
-        check_prefix(prefix)
-        if prefix:
-            self._check_key(prefix.removesuffix("/"))
+        check_folder(prefix, self.where(prefix))
         pending = [prefix.removesuffix("/")]
         while pending:
             folder = pending.pop()
@@ -149,8 +151,9 @@ class ModelScopeBackend(ReadOnlyBackend):
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
         """See :meth:`Backend.read`."""
-        self._check_key(key)
+        check_path(key, self.where(key))
         where = self.where(key)
+        pin = self.stat(key) if pin is None else pin
         query = urlencode({"Revision": self._revision or _DEFAULT, "FilePath": key})
         headers = {} if span is None else {"Range": f"bytes={span.start}-{span.end - 1}"}
         response = self._session.request("GET", self._url(f"repo?{query}"), where, headers=headers)
@@ -159,8 +162,10 @@ class ModelScopeBackend(ReadOnlyBackend):
         try:
             size, skip = _extent(response, span, where)
             linked = response.headers.get("X-Linked-ETag", "").strip('"').lower()
-            info = _info(key, size, linked)
-            if pin is not None and pin.differs_from(replace(info, etag=info.etag or pin.etag)):
+            found = _info(key, size, linked)
+            # Of a small file nothing says which one it is but its content.
+            info = found if found.etag is not None else replace(pin, key=key, size=size)
+            if pin.differs_from(info):
                 raise ObjectChangedError(f"{where} was replaced since it was looked at")
         except BaseException:
             response.close()
@@ -238,16 +243,6 @@ class ModelScopeBackend(ReadOnlyBackend):
                 "is wrong, or it is private and the token is missing",
             )
         return self._session.error(response, where, message)
-
-    def _check_key(self, key: str) -> None:
-        parts = key.split("/")
-        if key and parts[-1] == "" and not {"", ".", ".."} & set(parts[:-1]):
-            raise ModelMissingError(self.where(key))
-        if key and {"", ".", ".."} & set(parts):
-            raise InvalidInput(
-                f"{self.where(key)}: the key holds an empty segment, '.' or '..', which no file "
-                "there has"
-            )
 
 
 def _described(entry: Mapping[str, Any]) -> ObjectInfo:

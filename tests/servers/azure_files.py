@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from urllib.parse import parse_qsl, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 from tests.servers.odd_http import OddHTTP, Reply, Request
 
@@ -112,7 +112,7 @@ class AzureFiles:
         body = (
             '<?xml version="1.0" encoding="utf-8"?>'
             f'<EnumerationResults ServiceEndpoint="{self.url}/" ShareName="{share}" '
-            f'DirectoryPath="{escape(path)}"><Entries>{entries}</Entries>'
+            f"DirectoryPath={quoteattr(path)}><Entries>{entries}</Entries>"
             f"<NextMarker>{more}</NextMarker></EnumerationResults>"
         )
         return Reply(body=body.encode(), headers={"Content-Type": "application/xml"})

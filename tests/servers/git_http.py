@@ -68,10 +68,15 @@ class GitHTTP:
             **environment,
         }
         self._server: ThreadingHTTPServer | None = None
+        self._advertised: dict[str, tuple[int, dict[str, str], bytes]] = {}
 
     # -- repositories ------------------------------------------------------------------------
 
     def git(self, *command: str, cwd: Path | None = None, data: bytes | None = None) -> str:
+        """Run git, and return what it printed, as text."""
+        return self.run(*command, cwd=cwd, data=data).decode().strip()
+
+    def run(self, *command: str, cwd: Path | None = None, data: bytes | None = None) -> bytes:
         """Run git, and return what it printed."""
         result = subprocess.run(
             [self._git, *command],
@@ -82,17 +87,21 @@ class GitHTTP:
             check=False,
         )
         assert result.returncode == 0, result.stderr.decode(errors="replace")
-        return result.stdout.decode().strip()
+        return result.stdout
 
     def create(self, name: str) -> Path:
         """Make an empty repository ``name.git``, and return the folder to commit from."""
-        bare = self.folder / f"{name}.git"
-        self.git("init", "-q", "--bare", "-b", "main", str(bare))
-        self.git("config", "http.receivepack", "false", cwd=bare)
+        bare = self.create_bare(name)
         work = self.folder / f"{name}.work"
         self.git("clone", "-q", str(bare), str(work))
         self.git("checkout", "-q", "-B", "main", cwd=work)
         return work
+
+    def create_bare(self, name: str) -> Path:
+        """Make an empty repository ``name.git``, and return its folder."""
+        bare = self.folder / f"{name}.git"
+        self.git("init", "-q", "--bare", "-b", "main", str(bare))
+        return bare
 
     def commit(self, name: str, files: Mapping[str, bytes | None], branch: str = "main") -> str:
         """Write, delete (``None``) and push files, and return the commit."""
@@ -160,6 +169,11 @@ class GitHTTP:
         self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes
     ) -> tuple[int, dict[str, str], bytes]:
         """Return what ``git http-backend`` answers."""
+        version = headers.get("Git-Protocol", "")
+        # Of version 2 it holds what the server can do, and nothing of a repository.
+        known = self._advertised.get(path) if "version=2" in version else None
+        if known is not None and self.mangle is None:
+            return known
         environment = {
             **self._environment,
             "GIT_PROJECT_ROOT": str(self.folder),
@@ -171,8 +185,8 @@ class GitHTTP:
             "CONTENT_LENGTH": str(len(body)),
             "REMOTE_ADDR": HOST,
         }
-        if "Git-Protocol" in headers:
-            environment["GIT_PROTOCOL"] = headers["Git-Protocol"]
+        if version:
+            environment["GIT_PROTOCOL"] = version
         result = subprocess.run(
             [self._git, "http-backend"],
             env=environment,
@@ -187,6 +201,8 @@ class GitHTTP:
         status = int(fields.pop("Status", "200 OK").split()[0])
         if self.mangle is not None and status == 200:
             content = self.mangle(path, content)
+        elif path.endswith("/info/refs") and "version=2" in version and status == 200:
+            self._advertised[path] = (status, fields, content)
         return status, fields, content
 
 

@@ -22,9 +22,10 @@ from storage.backends.azure.answers import translated
 from storage.backends.azure.client import is_refusal
 from storage.backends.azure.credentials import Access, find_access
 from storage.backends.azure.tokens import Tokens
-from storage.backends.base import Body, ByteRange, ObjectInfo, OpenOptions, check_prefix
+from storage.backends.base import Body, ByteRange, ObjectInfo, OpenOptions
 from storage.backends.network import Network, with_timeouts
 from storage.backends.readonly import ReadOnlyBackend
+from storage.backends.repositories import check_folder, check_path
 from storage.errors import (
     BucketMissingError,
     ConfigurationError,
@@ -120,17 +121,16 @@ class AzureFilesBackend(ReadOnlyBackend):
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         """See :meth:`Backend.stat`. There are no versions."""
-        self._check_key(key)
         where = self.where(key)
+        self._check(key, version, where)
         with translated(where):
             client = self._share().get_file_client(key)
             return _described(key, self._renewing(client.get_file_properties))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`."""
-        check_prefix(prefix)
-        if prefix:
-            self._check_key(prefix.removesuffix("/"))
+        check_folder(prefix, self.where(prefix))
+        self._check_name(prefix, self.where(prefix))
         pending = [prefix.removesuffix("/")]
         while pending:
             folder = pending.pop()
@@ -163,7 +163,7 @@ class AzureFilesBackend(ReadOnlyBackend):
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
         """See :meth:`Backend.read`."""
-        self._check_key(key)
+        self._check(key, None, self.where(key))
         if pin is None or pin.size is None:
             pin = self.stat(key)
         where, size = self.where(key), pin.size or 0
@@ -223,6 +223,17 @@ class AzureFilesBackend(ReadOnlyBackend):
             opened, self._opened = self._opened, None
         if opened is not None and opened[0] == os.getpid():
             opened[1].close()
+
+    def _check(self, key: str, version: str | None, where: str) -> None:
+        check_path(key, where)
+        self._check_name(key, where)
+        if version is not None:
+            raise ModelMissingError(where, f"{where}: files in a share have no versions")
+
+    def _check_name(self, key: str, where: str) -> None:
+        # The service would take it for a slash.
+        if "\\" in key:
+            raise InvalidInput(f"{where}: there is a backslash, which no file in a share has")
 
     # -- the SDK -----------------------------------------------------------------------------
 
@@ -299,16 +310,6 @@ class AzureFilesBackend(ReadOnlyBackend):
                 max_single_get_size=_PART,
                 max_chunk_get_size=_PART,
                 logging_enable=False,
-            )
-
-    def _check_key(self, key: str) -> None:
-        parts = key.split("/")
-        if not key or (parts[-1] == "" and not {"", ".", ".."} & set(parts[:-1])):
-            raise ModelMissingError(self.where(key))
-        if {"", ".", ".."} & set(parts) or "\\" in key:
-            raise InvalidInput(
-                f"{self.where(key)}: the key holds an empty segment, '.', '..' or a backslash, "
-                "which no file in a share has"
             )
 
 

@@ -16,16 +16,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from storage.backends.base import Body, Buffer, ByteRange, ObjectInfo, OpenOptions, check_prefix
+from storage.backends.base import Body, Buffer, ByteRange, ObjectInfo, OpenOptions
 from storage.backends.drivers.web import WebSession
 from storage.backends.git.lfs import MAX_POINTER, LargeFiles, Pointer
 from storage.backends.git.pack import Pack
 from storage.backends.git.remote import Remote
 from storage.backends.readonly import READ_ONLY, ReadOnlyBackend
+from storage.backends.repositories import check_folder, check_path
 from storage.digest import Digest
 from storage.errors import (
     BucketMissingError,
-    InvalidInput,
     ModelMissingError,
     ObjectChangedError,
     StorageError,
@@ -147,8 +147,9 @@ class GitBackend(ReadOnlyBackend):
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         """See :meth:`Backend.stat`."""
-        self._check_key(key)
-        snapshot = self._snapshot(None if version in (None, self._revision) else version)
+        check_path(key, self.where(key))
+        named = version not in (None, self._revision)
+        snapshot = self._snapshot(self._remote.commit_of(version) if named and version else None)
         found, _ = self._find(snapshot, key)
         if found is None or found.kind == _FOLDER:
             raise ModelMissingError(self.where(key))
@@ -156,9 +157,7 @@ class GitBackend(ReadOnlyBackend):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`."""
-        check_prefix(prefix)
-        if prefix:
-            self._check_key(prefix.removesuffix("/"))
+        check_folder(prefix, self.where(prefix))
         snapshot = self._snapshot()
         found, path = self._find(snapshot, prefix.removesuffix("/"))
         if found is not None and found.kind == _FOLDER:
@@ -188,7 +187,7 @@ class GitBackend(ReadOnlyBackend):
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
         """See :meth:`Backend.read`."""
-        self._check_key(key)
+        check_path(key, self.where(key))
         where = self.where(key)
         try:
             snapshot = self._snapshot(pin.version if pin is not None else None)
@@ -337,16 +336,6 @@ class GitBackend(ReadOnlyBackend):
                 )
         # Read whole, from the beginning: it is compressed.
         return ObjectInfo(key, size, etag, snapshot.commit, ranged=False), None
-
-    def _check_key(self, key: str) -> None:
-        parts = key.split("/")
-        if key and parts[-1] == "" and not {"", ".", ".."} & set(parts[:-1]):
-            raise ModelMissingError(self.where(key))
-        if key and {"", ".", ".."} & set(parts):
-            raise InvalidInput(
-                f"{self.where(key)}: the key holds an empty segment, '.' or '..', which no file in "
-                "git has"
-            )
 
 
 def _part(chunks: Any, span: ByteRange) -> Iterator[Buffer]:
