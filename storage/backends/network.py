@@ -83,7 +83,7 @@ class Network:
             client["proxy_url"] = self.proxy
         if not self.verify:
             client["allow_invalid_certificates"] = True
-        if (bundle := self.read_bundle()) is not None:
+        elif (bundle := self.read_bundle()) is not None:
             client["root_certificate"] = bundle
         # One call is one attempt; the transfer layer repeats.
         return {"client_options": client, "retry_config": {"max_retries": 0}}
