@@ -54,7 +54,7 @@ class ModelStore:
                 if the fleet does not have it; what is there may also be bare weights.
             freshness: of what is in the cache.
             offline: as for a download; by default the cache serves whenever a store cannot be
-                reached.
+                reached, and alone if the settings say so.
             folder: where models on their way are; by default the one for temporary files.
 
         Raises:
@@ -70,7 +70,7 @@ class ModelStore:
                     f"the URI of models has no {_ID} in it; write it where the id is"
                 )
         self._freshness = freshness
-        self._offline: Offline = "auto" if offline is None else offline
+        self._offline = offline
         self._folder = folder
 
     def uri(self, model_id: str) -> str:
@@ -115,6 +115,9 @@ class ModelStore:
                 return
 
     def _download(self, uri: str, path: str, config: Any) -> None:
+        offline = self._offline
+        if offline is None and self._client.settings.offline is False:
+            offline = "auto"
         self._client.download(
             uri,
             path,
@@ -122,7 +125,7 @@ class ModelStore:
             cache=True,
             link="hardlink",
             freshness=self._freshness,
-            offline=self._offline,
+            offline=offline,
             durable=False,
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.integrations.scaleout.support import Fleet, kill, until
+from tests.peers.environments import PeerError
 from tests.servers import SeaweedFS
 
 
@@ -138,6 +139,8 @@ def test_a_client_that_is_told_to_be_offline_asks_no_store(fleet: Fleet) -> None
 
     client = fleet.start("edge-1", fleet.process(STORAGE_OFFLINE="1"))
     assert client("stage", client_id="edge-1", model_id=seed) == ["seed", 4.0]
+    with pytest.raises(PeerError, match="OfflineError"):
+        client("stage", client_id="edge-1", model_id=fleet.seed("other"))
     assert client("log", client_id="edge-1", metrics=[{"loss": 1.0}])[0]
     assert client("stop", client_id="edge-1") is None
     assert list(fleet.board.reports.records()) == []
@@ -156,7 +159,7 @@ def test_a_client_that_never_met_its_store_waits_for_it(
     own_server.halt()
     client = fleet.start("edge-1", patience=1.0)
     assert client("log", client_id="edge-1", metrics=[{"loss": 1.0}]) == [True, 1]
-    with pytest.raises(Exception, match=r"UnreachableError|TransferError"):
+    with pytest.raises(PeerError, match=r"UnreachableError|TransferError"):
         client("stage", client_id="edge-1", model_id=seed)
     assert client("stop", client_id="edge-1") is None
     own_server.resume()

@@ -186,7 +186,7 @@ def test_the_runtime_has_all_that_a_client_may_ask_of_it(fleet: Fleet) -> None:
 
 
 def test_a_signal_ends_a_client_in_good_order(fleet: Fleet) -> None:
-    peer = fleet.process()
+    peer = fleet.process(SCALEOUT_CLIENT_SEND_TELEMETRY="true")
     options = {"poll_interval": 0.2, "heartbeat_interval": 0.2}
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(
@@ -205,6 +205,8 @@ def test_a_signal_ends_a_client_in_good_order(fleet: Fleet) -> None:
     (status,) = fleet.board.clients()
     assert status.is_stopped
     assert status.pending_results == 0
+    observed = {each.report.key for each in fleet.board.reports.records(kinds={"telemetry"})}
+    assert observed == {"memory_usage", "cpu_usage"}
 
 
 def test_a_token_is_for_stores_that_take_one(tmp_path: Path) -> None:
