@@ -211,14 +211,19 @@ def test_a_network_that_breaks_is_not_noticed(
 
 
 def test_a_download_of_an_artifact_that_was_killed_is_gone_on_with(
-    oci_registry: Registry, push: Pusher, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
+    with Registry(on_disk=True) as registry:
+        _kill_and_go_on(registry, Pusher.of(registry, "large"), tmp_path)
+
+
+def _kill_and_go_on(registry: Registry, push: Pusher, tmp_path: Path) -> None:
     data = random.Random(4).randbytes(24 * MIB)
     _artifact(push, {"m": data})
     code = "import sys; from storage import Storage; Storage.download(sys.argv[1], sys.argv[2])"
     out = tmp_path / "out"
     # As slow as it takes for a kill to come in between.
-    with FaultProxy(oci_registry.endpoint, link=Link(rate=8 * MIB)) as proxy:
+    with FaultProxy(registry.endpoint, link=Link(rate=8 * MIB)) as proxy:
         uri = push.uri(":v1", proxy.endpoint.partition("://")[2])
         child = subprocess.Popen(
             [sys.executable, "-c", code, uri, str(out)],
@@ -235,6 +240,24 @@ def test_a_download_of_an_artifact_that_was_killed_is_gone_on_with(
             client.download(uri, str(out))
         assert proxy.bytes_down - before < 20 * MIB
     assert read_tree(out) == {"m": data}
+
+
+def test_memory_does_not_grow_with_the_layers(push: Pusher, tmp_path: Path) -> None:
+    # What compresses so well is quick to push.
+    push.image("v1", [[("models/m", bytes(192 * MIB))]], "zstd")
+    code = (
+        "import re, sys; from storage import Storage; Storage.download(sys.argv[1], sys.argv[2])\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, push.uri(":v1"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert (tmp_path / "out" / "m").stat().st_size == 192 * MIB
+    assert int(done.stdout) < 120 * 1024
 
 
 def test_a_config_of_the_settings_is_found_by_the_registry(

@@ -23,7 +23,7 @@ _HTPASSWD = f"{USER}:$2b$04$YMlQOEJsQ5RFzl81XcTKLeXO2wx4nwgIjav7PIUzfSvXYcRRa75I
 _CONFIG = """\
 version: 0.1
 log: {level: warn, accesslog: {disabled: true}}
-storage: {inmemory: {}, maintenance: {uploadpurging: {enabled: false}}}
+storage: {@STORAGE@, maintenance: {uploadpurging: {enabled: false}}}
 http: {addr: "@ADDRESS@"}
 """
 _AUTH = """\
@@ -49,21 +49,27 @@ def find_umoci() -> str:
 
 
 class Registry(Server):
-    """One docker-registry with an empty store, in its memory."""
+    """One docker-registry with an empty store.
+
+    In its memory it is quick with many small blobs and slow with large ones; on the disk it is the
+    other way round.
+    """
 
     name = "docker-registry"
     health_path = "/"
 
-    def __init__(self, *, password: bool = False) -> None:
+    def __init__(self, *, password: bool = False, on_disk: bool = False) -> None:
         """Start nothing yet; with ``password`` only :data:`USER` may read and push."""
         super().__init__()
+        self._on_disk = on_disk
         self._password = password
 
     def command(self) -> Sequence[str]:
         """Write the configuration and return the command line."""
         self.port = free_port()
         text = _CONFIG + (_AUTH if self._password else "")
-        text = text.replace("@FOLDER@", str(self.folder))
+        place = "filesystem: {rootdirectory: @FOLDER@/data}" if self._on_disk else "inmemory: {}"
+        text = text.replace("@STORAGE@", place).replace("@FOLDER@", str(self.folder))
         file = self.folder / "registry.yml"
         file.write_text(text.replace("@ADDRESS@", f"{HOST}:{self.port}"), encoding="utf-8")
         (self.folder / "htpasswd").write_text(_HTPASSWD, encoding="utf-8")
