@@ -48,11 +48,13 @@ class Wrong:
         leaves: what is in its first destination, with exit status 0; ``None``: its exit status
             is 1.
         perhaps: what may be there instead, as chance will have it.
+        endless: it takes more than a minute, and is not run.
     """
 
     reason: str
     leaves: Tree | None = None
     perhaps: Tree | None = None
+    endless: bool = False
 
 
 SAME = None

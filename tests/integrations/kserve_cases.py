@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 
 from tests.integrations import (
@@ -15,6 +16,7 @@ CONFIG = {"config.json": MODEL["config.json"]}
 PART = {"part-1.bin": MODEL["weights/part-1.bin"]}
 TYPES = {"a.safetensors": b"1", "b.bin": b"2", "notes/c.json": b"3"}
 DENIED = "denied|refused|authenti|permission|401|403"
+LOGIN = base64.b64encode(b"me:the-word").decode()
 ZIP, TGZ = zipped(MODEL), tar(MODEL)
 
 USAGE = [
@@ -32,6 +34,14 @@ USAGE = [
     Case("destination-in-a-destination", "s3", MODEL,
          {**MODEL, "adapter/part-1.bin": PART["part-1.bin"]},
          ("$root", "$dest", "$root/weights", "$dest/adapter")),
+    Case("destination-with-a-slash", "s3", MODEL, MODEL, ("$root", "$dest/")),
+    Case("same-pair-twice", "s3", MODEL, MODEL, ("$root", "$dest", "$root", "$dest")),
+    Case("two-sources-in-one-destination", "s3", MODEL, {**CONFIG, **PART},
+         ("$root/weights", "$dest", "$root/config.json", "$dest")),
+    Case("two-sources-with-the-same-name", "s3", {"v1/a": b"1", "v2/a": b"2"},
+         Failed("two sources"),
+         ("$root/v1", "$dest2", "$root/v2", "$dest2", "$root/v2", "$dest"), also={"a": b"1"},
+         old=Wrong("the last one wins in silence", {"a": b"2"})),
     Case("deep-destination", "local", CONFIG, {"a/b/config.json": CONFIG["config.json"]},
          ("$root", "$dest/a/b")),
     Case("empty-destination", "local", MODEL, Failed("."), ("$root", "")),
@@ -53,6 +63,10 @@ LOCAL = [
          ("file://$root/my model.bin", "$dest")),
     Case("local-percent-in-a-path", "local", {"my%20model.bin": b"1"}, {"my%20model.bin": b"1"},
          ("$root/my%20model.bin", "$dest")),
+    Case("local-percent-in-a-url", "local", {"my%20model.bin": b"1"}, {"my%20model.bin": b"1"},
+         ("file://$root/my%20model.bin", "$dest")),
+    Case("local-file-of-the-same-name", "local", {"a": b"2"}, {"a": b"2"}, there={"a": b"1"},
+         old=Wrong("what was there stays", {"a": b"1"})),
     Case("local-brackets", "local", {"m[1]/a.bin": b"1"}, {"a.bin": b"1"},
          ("$root/m[1]", "$dest"), old=Wrong("brackets are taken for a pattern")),
     Case("local-hidden-file", "local", {"a.bin": b"1", ".hidden": b"2"},
@@ -149,6 +163,15 @@ HTTP = [
     Case("http-denied", "http", {"m.bin": Page(b"", status=403)}, Failed(DENIED),
          ("$root/m.bin", "$dest")),
     Case("http-no-name", "http", {"": b"1"}, Failed("name"), ("$root/", "$dest")),
+    Case("http-broken", "http", {"m.bin": Page(b"", status=500)}, Failed("500"),
+         ("$root/m.bin", "$dest")),
+    Case("http-always-cut", "http", {"m.bin": Page(b"1" * 1000, cut=100)}, Failed("m.bin"),
+         ("$root/m.bin", "$dest")),
+    Case("http-user-in-the-url", "http",
+         {"m.bin": Page(b"1", wanted={"Authorization": f"Basic {LOGIN}"})}, {"m.bin": b"1"},
+         ("http://me:the-word@$host/m.bin", "$dest")),
+    Case("http-elsewhere", "nginx", {"m.bin": b"1"}, {"m.bin": b"1"},
+         ("$odd/elsewhere/m.bin", "$dest")),
     Case("http-unreachable", "http", {}, Failed("127.0.0.1"),
          ("http://127.0.0.1:$closed/m.bin", "$dest")),
     Case("http-moved", "nginx", {"m.bin": b"1"}, {"m.bin": b"1"},

@@ -22,6 +22,8 @@ GCS = [
          ("$root/m", "$dest")),
     Case("gcs-name-within-its-own-path", "gcs", {"m/m/m.bin": b"1"}, {"m/m.bin": b"1"},
          ("$root/m", "$dest")),
+    Case("gcs-key-with-odd-signs", "gcs", {"m#1?x=2/a": b"1", "m/b": b"2"}, {"a": b"1"},
+         ("$root/m#1?x=2", "$dest")),
     Case("gcs-whole-bucket", "gcs_bucket", MODEL, MODEL,
          old=Wrong("it looks below a slash for a bucket alone")),
     Case("gcs-missing", "gcs", MODEL, Failed("nothing"), ("$root/nothing", "$dest")),

@@ -62,9 +62,11 @@ IMAGES = [
     Case("oci-no-image", "oci", MODEL, Failed("oci://"), ("oci://", "$dest")),
     Case("oci-on-this-machine", "oci", MODEL, MODEL, variables=SECURE,
          old=Wrong("it asks even a registry on this machine by https")),
-    Case("oci-login", "oci_private", MODEL, MODEL),
+    Case("oci-login", "oci_private", MODEL, MODEL,
+         old=Wrong("its login fails in silence, and it repeats what is refused", endless=True)),
     Case("oci-no-login", "oci_private", MODEL, Failed(DENIED),
-         variables={"KSERVE_OCI_DOCKER_CONFIG": "/nowhere"}),
+         variables={"KSERVE_OCI_DOCKER_CONFIG": "/nowhere"},
+         old=Wrong("it repeats what is refused", endless=True)),
 ]  # fmt: skip
 
 GIT = [

@@ -104,8 +104,9 @@ class Servers:
         assert isinstance(server, Hub)
         return server
 
-    def _front(self, name: str, target: str) -> TlsFront:
-        start = TlsFront(target, hosts=(HOST, "localhost", f"*.{ACCOUNT_HOST.partition('.')[2]}"))
+    def _front(self, name: str, target: str, *more: str) -> TlsFront:
+        hosts = (HOST, "localhost", f"*.{ACCOUNT_HOST.partition('.')[2]}", *more)
+        start = TlsFront(target, hosts=hosts)
         return self._once(name, lambda: self._stack.enter_context(start))
 
     def _proxy(self, name: str, hosts: dict[str, tuple[str, int]]) -> ForwardProxy:

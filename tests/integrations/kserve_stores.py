@@ -111,6 +111,21 @@ class Stores(Repositories):
         place.environment |= {"AWS_ENDPOINT_URL": f"http://{S3_HOST}", "HTTP_PROXY": proxy.url}
         return place
 
+    def _amazon(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
+        """Use the endpoint of Amazon that knows one region alone, but by a bucket's host."""
+        place = self._literal(name, files, claims)
+        host = "s3.amazonaws.com"
+        front = self._front("amazon-tls", self.moto.endpoint, f"{BUCKET}.{host}", host)
+        where = (HOST, front.port)
+        proxy = self._proxy("amazon-proxy", {f"{BUCKET}.{host}": where})
+        place.environment |= {
+            "AWS_CA_BUNDLE": str(front.ca_file),
+            "AWS_DEFAULT_REGION": "eu-west-1",
+            "AWS_ENDPOINT_URL": f"https://{host}",
+            "HTTPS_PROXY": proxy.url,
+        }
+        return place
+
     def _objects(self, server: S3Server, bucket: str, prefix: str, files: Files) -> Place:
         for path, content in files.items():
             assert isinstance(content, bytes)
@@ -210,7 +225,8 @@ class Stores(Repositories):
         for path, content in files.items():
             page = content if isinstance(content, Page) else Page(content)
             pages.pages[f"/{name}/{path}"] = page
-        return Place(f"{server.url}/{name}", {}, {"origin": server.url})
+        host = f"{server.url.partition('://')[2]}/{name}"
+        return Place(f"{server.url}/{name}", {}, {"origin": server.url, "host": host})
 
     def _proxied(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
         """Use the same server by a host that a proxy alone knows."""
@@ -224,6 +240,7 @@ class Stores(Repositories):
         server = self._get("nginx_http")
         assert isinstance(server, NginxHTTP)
         write(server.data / name, files)
+        write(server.data / "elsewhere", files)
         names = {
             "bundles": str(self._bundle("nginx-authority", Path(server.ca_file))),
             "ca": server.ca_file,

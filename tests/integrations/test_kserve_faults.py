@@ -24,6 +24,7 @@ import pytest
 
 from storage import AuthenticationError, IntegrityError, ModelMissingError, StorageError
 from storage.integrations.kserve import Storage
+from tests.backends.oci_support import Pusher
 from tests.integrations.kserve_case import Wrong, tar, zipped
 from tests.integrations.kserve_cases import CASES
 from tests.integrations.kserve_side import REPOSITORY
@@ -42,6 +43,7 @@ from tests.servers import (
     free_port,
 )
 from tests.servers.process import HOST
+from tests.servers.registry import Gate, Registry
 from tests.servers.tls import TlsFront
 
 OddServer = Callable[..., OddHTTP]
@@ -79,6 +81,9 @@ COMPARED = {
     "S3_ENDPOINT of the webhook is forgotten": [
         *("s3-endpoint-of-the-webhook", "s3-endpoint-of-the-webhook-over-tls"),
     ],
+    "whiteouts of OCI layers are extracted": ["oci-removed-by-a-layer"],
+    "hard links of OCI layers fail": ["oci-hard-link"],
+    "layers by zstd are refused": ["oci-zstd-layer"],
     "AZURE_ACCESS_TOKEN of the webhook is forgotten": ["azure-access-token"],
 }
 """Fault to the names of the cases that show it."""
@@ -385,6 +390,21 @@ def test_two_versions_are_never_mixed_over_http(odd_http: OddServer, dest: Path)
     server.handler = changing
     Storage.download(f"{server.url}/m.bin", str(dest))
     assert _tree(dest) == {"m.bin": b"2" * 100_000}
+
+
+def test_an_oci_layer_of_another_digest_is_refused(
+    oci_registry: Registry, prefix: str, dest: Path
+) -> None:
+    """A registry, or whoever sits before it, that changes a byte is not believed."""
+    pusher = Pusher.of(oci_registry, prefix)
+    pusher.image("v1", [[("models/a.bin", b"1" * 1000)]], "")
+
+    def alter(path: str, body: bytes) -> bytes:
+        return body.replace(b"1" * 1000, b"2" * 1000)
+
+    with Gate(oci_registry, alter=alter) as gate, pytest.raises(IntegrityError):
+        Storage.download(pusher.uri(":v1", gate.host), str(dest))
+    assert _tree(dest) == {}
 
 
 # --- robustness -------------------------------------------------------------------------------
