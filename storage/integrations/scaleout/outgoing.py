@@ -34,6 +34,7 @@ class Outgoing:
         self._spool = spool
         self._skip: dict[str, int] = {}
         self._spoilt: set[str] = set()
+        self._listed: str | None = None
         self._recovered = False
 
     # -- what was delivered already -----------------------------------------------------------
@@ -153,7 +154,9 @@ class Outgoing:
             return batch if batch.name == fixed else replace(batch, fixed=fixed)
         # After a power cut the same batch has to be there, and with it the note of it.
         files.sync(path)
-        files.sync(os.path.dirname(path))
+        if self._listed != name:
+            files.sync(os.path.dirname(path))
+            self._listed = name
         return self.fix(batch)
 
     def fix(self, batch: Batch) -> Batch:
