@@ -197,6 +197,14 @@ def test_variables_of_azure(variables: Mapping[str, str], fields: Mapping[str, A
         assert getattr(found, "get_secret_value", lambda found=found: found)() == value
 
 
+def test_of_a_share_the_key_goes_first() -> None:
+    share = "https://modelsacct.file.core.windows.net/share/model"
+    both = {"AZURE_CLIENT_ID": "me", "AZURE_STORAGE_ACCESS_KEY": "a2V5"}
+
+    assert config_for(share, both) == AzureConfig(account_key="a2V5")
+    assert config_for(share, {"AZURE_CLIENT_ID": "me"}) == AzureConfig(client_id="me")
+
+
 def test_what_is_for_one_account_is_not_sent_to_another() -> None:
     variables = {
         "AZURE_ACCOUNT_NAME": "others",

@@ -251,7 +251,8 @@ class Environment:
         tenant = self.get("AZ_TENANT_ID", "AZURE_TENANT_ID")
         secret = self.get("AZ_CLIENT_SECRET", "AZURE_CLIENT_SECRET")
         key = self.get("AZURE_STORAGE_ACCESS_KEY")
-        if client is not None and location.scheme == "azure":
+        # Of shares KServe knows the key alone, so that goes first there.
+        if client is not None and (location.scheme == "azure" or key is None):
             fields |= {"client_id": client, "tenant_id": tenant}
             if tenant is not None:
                 fields["client_secret"] = secret
