@@ -213,6 +213,17 @@ def test_what_is_for_one_account_is_not_sent_to_another() -> None:
     }
 
     assert configs_for(BLOB, variables) == [AzureConfig(anonymous=True)]
+    del variables["AZURE_ACCOUNT_NAME"]
+    assert configs_for(BLOB, variables) == [AzureConfig(anonymous=True)]
+
+
+def test_a_secret_of_azure_is_used() -> None:
+    stored = {"type": "azure", "account_name": "modelsacct", "account_key": "a2V5"}
+    found = configs_for(BLOB, {"STORAGE_CONFIG": json.dumps(stored)})
+
+    assert found == [AzureConfig("modelsacct", "a2V5")]
+    of_another = json.dumps({**stored, "account_name": "others"})
+    assert configs_for(BLOB, {"STORAGE_CONFIG": of_another})[0] == AzureConfig(anonymous=True)
 
 
 @pytest.mark.parametrize(

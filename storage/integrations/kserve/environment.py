@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from storage.addresses import azure_account
 from storage.config.kserve import complete_fields, kserve_fields
 from storage.config.plain import current_settings
 from storage.config.resolve import config_class
@@ -148,7 +151,10 @@ class Environment:
             yield None
             return
         stored = self._stored(location)
-        fields = {**self._fields(location), **stored}
+        fields = self._fields(location)
+        if stored and location.type == "azure":
+            fields.pop("anonymous", None)  # somebody says who we are
+        fields |= stored
         complete_fields(location.type, fields, self.variables)
         known = wanted.model_fields
         if location.type == "s3":
@@ -238,7 +244,7 @@ class Environment:
             )
 
     def _azure(self, location: Location) -> dict[str, Any]:
-        named = self.get("AZURE_ACCOUNT_NAME")
+        named = self._azure_account()
         if None not in (named, location.account) and named != location.account:
             # What is for one account is not sent to another.
             return {"anonymous": True}
@@ -260,9 +266,15 @@ class Environment:
             fields["account_key"] = key
         elif (token := self.get("AZURE_ACCESS_TOKEN")) is not None:
             fields["token"] = token
-        elif self.get(*_AZURE_AMBIENT) is None and not (location.query or ""):
+        elif self.get(*_AZURE_AMBIENT) is None and not _is_signed(location):
             fields["anonymous"] = True
         return {name: value for name, value in fields.items() if value is not None}
+
+    def _azure_account(self) -> str | None:
+        """Return the account that the variables are about, if they say so."""
+        host = urlsplit(self.get("AZURE_SERVICE_URL") or "").hostname
+        found = azure_account(host or "")
+        return self.get("AZURE_ACCOUNT_NAME") or (found[0] if found is not None else None)
 
     def _oci(self) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -281,8 +293,13 @@ class Environment:
         if location.type == "gs" and self.get("GOOGLE_APPLICATION_CREDENTIALS") is None:
             given = {"service_account_key", "token", "anonymous", "impersonate_service_account"}
             return None if given & set(fields) else {**fields, "anonymous": True}
-        if location.type == "azure" and fields.get("anonymous") is True and not location.query:
-            if self.get("AZURE_ACCOUNT_NAME") not in (None, location.account):
+        if location.type == "azure" and fields.get("anonymous") is True:
+            if _is_signed(location) or self._azure_account() not in (None, location.account):
                 return None
             return {name: value for name, value in fields.items() if name != "anonymous"}
         return None
+
+
+def _is_signed(location: Location) -> bool:
+    """Tell whether the URI of a blob or a file brings its own credential."""
+    return re.search(r"(?:^|&)sig=", location.query or "") is not None
