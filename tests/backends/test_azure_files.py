@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import os
+import ssl
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import trustme
+from azure.core.credentials import AccessToken
 
 from storage import (
     AuthenticationError,
@@ -176,6 +179,44 @@ def test_a_token_goes_over_tls_only(service: AzureFiles, client: StorageClient) 
     with pytest.raises(ConfigurationError, match="over https only"):
         client.list_objects(URI, config=config)
     assert not service.server.requests
+
+
+def test_a_token_that_is_refused_is_renewed_once(
+    odd_http: Callable[..., OddHTTP],
+    client: StorageClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    service = AzureFiles(odd_http(lambda request: Reply(500), "127.0.0.1", tls))
+    service.shares["models"]["m/config.json"] = b"{}"
+    config = AzureConfig(
+        ACCOUNT,
+        managed_identity=True,
+        endpoint_url=service.url,
+        ca_bundle=tmp_path / "ca.pem",
+    )
+    given = iter(["expired", TOKEN])
+    later = datetime.now(UTC) + timedelta(hours=1)
+
+    class Identity:
+        current = "expired"
+
+        def get_token(self, *scopes: str) -> AccessToken:
+            return AccessToken(next(given), int(later.timestamp()))
+
+    # The identity's own service is tested with blobs; here it counts who is asked again.
+    kept = [Identity()]
+    monkeypatch.setattr("storage.backends.azure.tokens._credential", lambda *parts: kept[0])
+
+    assert client.list_objects(URI, config=config) == ["config.json"]
+    assert [one.headers["Authorization"] for one in service.server.requests][:2] == [
+        "Bearer expired",
+        f"Bearer {TOKEN}",
+    ]
 
 
 def test_wrong_credentials_fail_after_one_request(
