@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -51,6 +52,7 @@ __all__ = ["PlacedDownload"]
 
 _XATTR = "user.modelstorage.placed"
 _LOCK = "lock"
+_TRIES = 3
 
 
 class PlacedDownload:
@@ -71,6 +73,7 @@ class PlacedDownload:
         with self._turn(destination, version) as turn:
             if turn.found:
                 # It is what the cache has, and that was verified.
+                destination.tidy()
                 return destination.path
             with destination:
                 if job.link is None:
@@ -105,6 +108,7 @@ class PlacedDownload:
                 for _ in plan.files:
                     meter.add_object()
                 meter.finish()
+                destination.tidy()
                 return destination.path
             return self._fetch(plan, destination, turn, cached)
 
@@ -241,13 +245,19 @@ class _Turn:
         with contextlib.suppress(OSError):  # whoever cannot write there says so soon
             self._made = make_parents(os.path.dirname(self._destination.path))
             self._folder = self._destination.reserved(self._source)
-            # Whoever has the lock lives, and gives it back if its transfer stalls.
-            lock = SourceLock(
-                os.path.join(self._folder, _LOCK), timeout=self._timeout, stall=self._timeout
-            )
-            self._lock = lock.__enter__()
+            self._lock = self._wait(os.path.join(self._folder, _LOCK))
             self.found = self._is_there()
         return self
+
+    def _wait(self, file: str) -> SourceLock:
+        over = time.monotonic() + self._timeout
+        for _ in range(_TRIES):
+            # Whoever has the lock lives, and gives it back if its transfer stalls.
+            lock = SourceLock(file, timeout=self._timeout, stall=self._timeout).__enter__()
+            # Somebody may have removed the folder, as one that a killed process left.
+            if lock.acquired or time.monotonic() > over:
+                break
+        return lock
 
     def __exit__(
         self,

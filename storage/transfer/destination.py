@@ -126,6 +126,16 @@ class Destination:
         folder, prefix = self._staging_place()
         return os.path.join(folder, f"{_staging_prefix(prefix)}.{purpose[:16]}.partial")
 
+    def tidy(self) -> None:
+        """Remove what killed downloads to the same place left, instead of using the destination.
+
+        What cannot be removed stays.
+        """
+        self._source = None  # nobody goes on with it
+        self._inside = self._must_stage_inside(os.path.dirname(self.path))
+        with contextlib.suppress(OSError), self._alone():
+            self._remove_leftovers()
+
     def resume(self, wanted: Mapping[str, ObjectInfo]) -> Journal | None:
         """Keep, of what an earlier download left, what some files can go on with.
 
