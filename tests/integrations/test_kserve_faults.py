@@ -530,8 +530,33 @@ def test_gcs_lists_once_and_takes_several_files_at_a_time(
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.endpoint)
     Storage.download(f"gs://{gcs_bucket}/m", str(dest))
     assert len(_tree(dest)) == 4
+    assert not meeting.broken
     listings = [request for request in proxy.requests if "prefix=" in request.path]
     assert len(listings) == 1, listings
+
+
+def test_a_large_blob_of_azure_comes_by_several_ranges_at_a_time(
+    azurite: Azurite, azurite_container: str, dest: Path, counting_proxy: Proxies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two ranges wait for each other at the proxy, as the files of GCS do."""
+    data = os.urandom(3 * 1024 * 1024)
+    azurite.put_raw(azurite_container, "m/large.bin", data)
+    meeting = threading.Barrier(2)
+    awaited = iter(range(2))
+
+    def meet(number: int, method: str, path: str) -> None:
+        if method == "GET" and "large.bin" in path and next(awaited, None) is not None:
+            meeting.wait(20)
+
+    proxy = counting_proxy(azurite.endpoint)
+    proxy.fault = meet
+    there = azurite.connection_string().replace(azurite.endpoint, proxy.endpoint)
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", there)
+    monkeypatch.setenv("STORAGE_TRANSFER__PART_SIZE", str(1024 * 1024))
+    Storage.download(f"azure://{azurite_container}/m", str(dest))
+    assert _tree(dest) == {"large.bin": data}
+    assert not meeting.broken
 
 
 def test_a_session_token_is_sent(

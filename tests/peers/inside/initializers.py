@@ -25,6 +25,9 @@ MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 PR_SET_KEEPCAPS = 8
 CAPABILITIES_VERSION, CAP_DAC_READ_SEARCH = 0x20080522, 2
 
+# Before this process has a view of its own, in which everybody is root.
+IS_ROOT = not os.getuid()
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -99,7 +102,7 @@ def run(program, arguments, environment, folder, limit, user=None):
             os.environ.update(environment)
             tempfile.tempdir = None
             os.chdir(folder)
-            if user is not None and not os.getuid():
+            if user is not None and IS_ROOT:
                 _become(user)
             status = _main(program, arguments)
         finally:
