@@ -6,6 +6,7 @@ them is compared with the one that is expected, and each part comes with an MD5 
 
 from __future__ import annotations
 
+import builtins
 import os
 import re
 import threading
@@ -124,8 +125,8 @@ class AzureFilesBackend(ReadOnlyBackend):
         where = self.where(key)
         self._check(key, version, where)
         with translated(where):
-            client = self._share().get_file_client(key)
-            return _described(key, self._renewing(client.get_file_properties))
+            found = self._renewing(lambda share: share.get_file_client(key).get_file_properties())
+            return _described(key, found)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See :meth:`Backend.list`."""
@@ -151,15 +152,20 @@ class AzureFilesBackend(ReadOnlyBackend):
                 continue
 
     def _items(self, folder: str) -> Iterator[Any]:
-        directory = self._share().get_directory_client(folder or None)
-        pages = directory.list_directories_and_files(
-            include=["timestamps", "Etag"], include_extended_info=True
-        ).by_page()
+        marker: str | None = None
+
+        def page(share: Any) -> tuple[builtins.list[Any], str | None]:
+            directory = share.get_directory_client(folder or None)
+            pages = directory.list_directories_and_files(
+                include=["timestamps", "Etag"], include_extended_info=True
+            ).by_page(marker)
+            return list(next(pages)), pages.continuation_token
+
         while True:
-            page = self._renewing(lambda: next(pages, None))
-            if page is None:
+            items, marker = self._renewing(page)
+            yield from items
+            if not marker:
                 return
-            yield from page
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
         """See :meth:`Backend.read`."""
@@ -190,10 +196,9 @@ class AzureFilesBackend(ReadOnlyBackend):
         length = min(_PART, end - start)
         answers: list[Any] = []
         with translated(where):
-            client = self._share().get_file_client(info.key)
             # The SDK's own check of the MD5 loses what it is not to decompress.
             found = self._renewing(
-                lambda: client.download_file(
+                lambda share: share.get_file_client(info.key).download_file(
                     offset=start,
                     length=length,
                     max_concurrency=1,
@@ -240,16 +245,21 @@ class AzureFilesBackend(ReadOnlyBackend):
     def _find_access(self) -> Access:
         return find_access(self._location, self._config, Network.of(self._config))
 
-    def _renewing(self, request: Callable[[], T]) -> T:
+    def _renewing(self, request: Callable[[Any], T]) -> T:
         """Make a request, once more with a new token if the service refused the old one."""
         begun = time.monotonic()
+        share = self._share()
         try:
-            return request()
+            return request(share)
         except Exception as exc:
             tokens = self._access().tokens
             if tokens is None or not is_refusal(exc) or not tokens.renew(begun):
                 raise
-        return request()
+        with self._lock:
+            # The SDK's client keeps the token that it was given until that expires.
+            if self._opened is not None and self._opened[1] is share:
+                self._opened = None
+        return request(self._share())
 
     def _share(self) -> Any:
         with self._lock:
