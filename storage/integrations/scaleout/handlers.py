@@ -168,7 +168,7 @@ class Handlers:
 
     def _tell(self, text: str, type_: str, level: str = "INFO") -> None:
         if self._classes.config.SCALEOUT_CLIENT_STATUS_REPORTING:
-            self._send_status(text, level=level, type=type_)
+            self._send_status(text, log_level=level, type=type_)
 
     def _model_id(self, request: Any) -> str:
         if not request.model_id:

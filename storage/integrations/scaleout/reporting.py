@@ -126,10 +126,18 @@ class Reporting(ABC):
             priority,
         )
 
-    def send_status(self, msg: str, level: str = "INFO", type: str | None = None) -> bool:
-        """Keep a text for people until the store has it; return whether it is kept."""
+    def send_status(self, msg: str, log_level: int | str = "INFO", type: str | None = None) -> bool:
+        """Keep a text for people until the store has it; return whether it is kept.
+
+        Args:
+            msg: the text.
+            log_level: of the messages' ``LogLevel``, as its number or its name.
+            type: what it is about.
+        """
+        if isinstance(log_level, int):
+            log_level = str(scaleout_classes().messages.LogLevel.Name(log_level))
         return self._report(
-            lambda task: records.status(str(msg), level=level, type=type, task_id=task)
+            lambda task: records.status(str(msg), level=log_level, type=type, task_id=task)
         )
 
     def _send_validation(self, request: Any, metrics: Mapping[str, Any]) -> bool:

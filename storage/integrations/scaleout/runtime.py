@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +30,7 @@ from storage.integrations.scaleout.handlers import Handlers
 from storage.integrations.scaleout.polling import Polling
 from storage.integrations.scaleout.presence import SILENCE
 from storage.integrations.scaleout.reporting import Reporting
+from storage.integrations.scaleout.signals import ended_by_signal
 from storage.integrations.scaleout.tasks import CONCURRENCY, TaskRunner
 from storage.integrations.scaleout.tokens import access_token, with_token
 from storage.registry.objects import ObjectStore
@@ -149,6 +148,7 @@ class StorageRuntime(Reporting):
         self._runner: TaskRunner | None = None
         self._polling: Polling | None = None
         self._stop = threading.Event()
+        self._has_ended = False
 
     # -- what it is made of ------------------------------------------------------------------
 
@@ -172,11 +172,14 @@ class StorageRuntime(Reporting):
         """Return what the client works with; open it if that was not done.
 
         Raises:
-            StorageError: the client has no id, there is no URI, or its folder is unusable.
+            StorageError: the client has no id or has ended, there is no URI, or its folder is
+                unusable.
         """
         with self._lock:
             if self._binding is not None:
                 return self._binding
+            if self._has_ended:
+                raise ConfigurationError("the client has ended; run() begins anew")
             if self._client is None or not self._client.client_id:
                 raise ConfigurationError(
                     "the client has no id: call set_client_id, or connect_to_api with one"
@@ -255,6 +258,8 @@ class StorageRuntime(Reporting):
             if not client_id:
                 raise InvalidInput("the client has no id; expected client_id in json")
             layout.check_client(client_id)
+            if self._binding is not None and self._binding.client_id != client_id:
+                raise InvalidInput(f"the client has begun already, as {self._binding.client_id}")
             self._client.set_client_id(client_id)
             self._client.set_name(told.get("name") or self._client.name or client_id)
             if not self._is_offline():
@@ -291,6 +296,7 @@ class StorageRuntime(Reporting):
         Returns:
             Whether that was possible; if not, the reason is logged.
         """
+        self._has_ended = False
         try:
             self._take_token(token)
             if self._location is None and url is not None:
@@ -426,6 +432,7 @@ class StorageRuntime(Reporting):
         Raises:
             StorageError: the client cannot begin: it has no id, or its folder is unusable.
         """
+        self._has_ended = False
         binding = self._bound()
         assert self._runner is not None
         interval = self._poll_interval
@@ -441,7 +448,7 @@ class StorageRuntime(Reporting):
         )
         if self._classes.config.SCALEOUT_CLIENT_SEND_TELEMETRY:
             threading.Thread(target=self._client._default_telemetry_loop, daemon=True).start()
-        with self._graceful():
+        with ended_by_signal(self._classes.GracefulExitException):
             try:
                 if not self._is_offline():
                     self._polling.start()
@@ -451,24 +458,6 @@ class StorageRuntime(Reporting):
                 _log.info("the client stops")
             finally:
                 self._shut_down(self._polling)
-
-    @contextlib.contextmanager
-    def _graceful(self) -> Iterator[None]:
-        """Let SIGTERM end the loop, if this is the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        exit_ = self._classes.GracefulExitException
-
-        def leave(number: int, frame: object) -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-            raise exit_
-
-        before = signal.signal(signal.SIGTERM, leave)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def stop(self) -> None:
         """Let :meth:`run` end, from any thread."""
@@ -485,6 +474,8 @@ class StorageRuntime(Reporting):
             timeout = min(timeout, _TO_THE_UNREACHABLE)
         polling.stop(timeout)
         with self._lock:
+            # What a callback that does not end says from now on is refused, not spooled again.
+            self._has_ended = True
             binding, self._binding = self._binding, None
             self._stop.clear()
         if not binding.close(timeout):

@@ -200,6 +200,24 @@ def ask(client_id, attribute):
     return getattr(client.edge, attribute)()
 
 
+def again(client_id):
+    """Report after the end of a client, then let it run once more; return what was kept."""
+    from scaleoututil.grpc import scaleout_pb2
+
+    client = clients[client_id]
+    client.runtime.stop()
+    client.thread.join(WAIT)
+    kept = [client.edge.log_telemetry(key="late", payload={})]
+    client.thread = threading.Thread(target=client.run, daemon=True)
+    client.thread.start()
+    deadline = time.monotonic() + WAIT
+    while not client.runtime.send_status("here again", scaleout_pb2.LogLevel.AUDIT, "LIFE"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    kept.append(client.edge.log_telemetry(key="again", payload={}))
+    return kept
+
+
 def autonomous(client_id, hold=None):
     """Begin a task by the client itself; return its id."""
     client = clients[client_id]

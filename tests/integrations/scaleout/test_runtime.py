@@ -181,6 +181,17 @@ def test_reports_outside_of_tasks_have_the_context_that_they_are_given(fleet: Fl
     assert {each.task_id for each in found} == {None}
 
 
+def test_a_client_that_has_ended_reports_nothing_until_it_runs_again(fleet: Fleet) -> None:
+    peer = fleet.start("edge-1")
+    assert peer("again", client_id="edge-1") == [False, True]
+    task = fleet.board.submit("custom", name="calibrate", client="edge-1")
+    assert fleet.board.wait(task, 60).is_completed
+    assert peer("stop", client_id="edge-1") is None
+    found = [each.report for each in fleet.board.reports.records()]
+    assert [(each.kind, each.key) for each in found] == [("status", None), ("telemetry", "again")]
+    assert found[0].payload == {"status": "here again", "level": "AUDIT", "type": "LIFE"}
+
+
 def test_the_runtime_has_all_that_a_client_may_ask_of_it(fleet: Fleet) -> None:
     assert fleet.process()("contract") == []
 

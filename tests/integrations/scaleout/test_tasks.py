@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,13 +126,13 @@ def test_a_task_begun_on_another_machine_is_left_to_it_until_it_is_silent(fleet:
     entry = TaskEntry(task.id, task.client)
     store = fleet.board._store
     _begin_elsewhere(store, entry, 1)
-    fleet.start("edge-1", fleet.process(), silence=5.0)
+    fleet.start("edge-1", fleet.process(), silence=3.0)
     others = 0
-    while others < 10:
+    while others < 8:
         _live_elsewhere(store, entry)
         # A few looks after the client has come.
         others += len(store.names(layout.clients_folder("edge-1"))) > 1
-        time.sleep(0.1)
+        time.sleep(0.05)
     assert fleet.lines("begun") == []
     result = fleet.board.wait(task, 60)
     assert (result.is_completed, len(fleet.lines("begun"))) == (True, 1)
@@ -174,15 +175,21 @@ def test_clients_that_are_killed_do_every_task_and_none_twice_at_once(local_flee
     tasks = []
     for number in range(40):
         who = chance.choice([None, *clients])
-        params = {"pause": chance.random() / 5}
+        params: dict[str, Any] = {"pause": chance.random() / 5}
         tasks.append(fleet.board.submit("custom", None, params, name="calibrate", client=who))
         if number % 8 == 7:
-            time.sleep(chance.random() / 2)
             victim = chance.choice(clients)
+            hold = fleet.folder / f"hold {number}"
+            hold.touch()
+            params = {"hold": str(hold)}
+            held = fleet.board.submit("custom", None, params, name="calibrate", client=victim)
+            tasks.append(held)
+            until(lambda: held.id in [line[1] for line in fleet.lines("begun")], "it has begun")  # noqa: B023
             pid = peers[victim]._process.pid
             kill(peers[victim])
             with fleet.log.open("a") as log:
                 print("killed", pid, file=log)
+            hold.unlink()
             peers[victim] = fleet.start(victim, poll_interval=0.05)
     results = fleet.board.wait_for(tasks, 100)
     assert all(result.is_completed for result in results)
@@ -199,7 +206,7 @@ def test_clients_that_are_killed_do_every_task_and_none_twice_at_once(local_flee
             assert killed.issuperset(begun[task_id]), "the one before may still be at it"
             begun[task_id].append(pid)
     assert all(begun.values())
-    assert max(len(pids) for pids in begun.values()) > 1, "nobody was killed at work"
+    assert sum(len(pids) > 1 for pids in begun.values()) >= 5, "each kill was at work"
 
 
 def test_a_client_that_does_not_poll_leaves_tasks_and_delivers_reports(fleet: Fleet) -> None:
