@@ -83,8 +83,8 @@ class Location:
         domain: domain suffix of that account's cloud (``windows.net`` and its siblings), or
             its DNS zone (``z00.storage.azure.net``).
         repo_type: ``model``, ``dataset`` or ``space`` for Hub URIs.
-        url: the complete URL for ``http``, ``https`` and generic schemes. May hold a
-            credential; it is not part of the representation.
+        url: the complete URL for ``http``, ``https`` and generic schemes; of a git repository
+            if it names a user. May hold a credential; it is not part of the representation.
         query: credential-bearing query of an Azure URL (a SAS token); not shown either.
     """
 
@@ -368,7 +368,7 @@ def _git_location(
 ) -> Location:
     repository, revision, key = found
     user = parts.netloc.rpartition("@")[0]
-    url = f"{scheme.removeprefix('git+')}://{f'{user}@' if user else ''}{netloc}/{repository}"
+    url = f"{scheme.removeprefix('git+')}://{user}@{netloc}/{repository}" if user else None
     version = unquote(revision) if revision is not None else None
     key = unquote(key, errors="surrogateescape")
     return Location(scheme, f"{netloc}/{repository}", key, version, url=url)

@@ -68,6 +68,9 @@ class Source:
 
 def identity_of(location: Location) -> str:
     """Return the identity that a source at ``location`` has; never a secret."""
+    if location.url is not None and location.has_revisions:
+        # Who asks, and not what for.
+        return hash_text(str(location), location.url)
     if location.url is None or location.type != "http":
         return hash_text(location.url or str(location))
     parts = urlsplit(location.url)

@@ -321,7 +321,7 @@ class _SignatureDownload(Download):
 
 def _near(location: Location, ending: str) -> Location:
     """Return the location whose key is that of ``location`` with ``ending``."""
-    if location.url is not None:
+    if location.url is not None and not location.has_revisions:
         parts = urlsplit(location.url)
         # Only of HTTP is a query none of the name.
         if location.type != "http":

@@ -154,7 +154,34 @@ def test_offline_a_repository_comes_from_the_cache(model: GitHTTP, client: Stora
     before = len(model.requests)
 
     assert client.download(model.uri("m"), offline=True) == path
+    # Neither a part of it nor another revision is what was asked for then.
+    for other in ("/weights", "/config.json", "@main"):
+        with pytest.raises(OfflineError):
+            client.download(model.uri("m", other), offline=True)
+        with pytest.raises(OfflineError):
+            client.download(model.uri("m", other, user="somebody"), offline=True)
     assert len(model.requests) == before
+
+
+def test_a_user_s_repository_is_one_of_its_own_offline(
+    model: GitHTTP, client: StorageClient
+) -> None:
+    file = client.download(model.uri("m", "/config.json", user="one"))
+
+    assert client.download(model.uri("m", "/config.json", user="one"), offline=True) == file
+    for other in (model.uri("m", "/config.json", user="two"), model.uri("m", user="one")):
+        with pytest.raises(OfflineError):
+            client.download(other, offline=True)
+
+
+def test_a_server_of_the_old_protocol_serves_a_repository(
+    model: GitHTTP, client: StorageClient, tmp_path: Path
+) -> None:
+    model.newest = 0
+
+    client.download(model.uri("m", "@main"), tmp_path / "m")
+
+    assert tree(tmp_path / "m") == FILES
 
 
 def test_a_digest_that_is_expected_is_checked(model: GitHTTP, client: StorageClient) -> None:

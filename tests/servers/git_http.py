@@ -46,6 +46,8 @@ class GitHTTP:
         mangle: called with the path and the body of each answer of git; what it returns is sent.
         large: the large files, by SHA-256.
         leaks: requests to the other origin that brought a password along.
+        status: called with the path of each request; the status to answer by, or ``None``.
+        newest: version of the protocol that is spoken, 0 or 2.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,6 +58,7 @@ class GitHTTP:
         self.large: dict[str, bytes] = {}
         self.leaks: list[str] = []
         self.status: Callable[[str], int | None] = lambda path: None
+        self.newest = 2
         self._git, environment = git_program()
         self._environment = {
             "PATH": os.environ.get("PATH", os.defpath),
@@ -169,7 +172,7 @@ class GitHTTP:
         self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes
     ) -> tuple[int, dict[str, str], bytes]:
         """Return what ``git http-backend`` answers."""
-        version = headers.get("Git-Protocol", "")
+        version = headers.get("Git-Protocol", "") if self.newest == 2 else ""
         # Of version 2 it holds what the server can do, and nothing of a repository.
         known = self._advertised.get(path) if "version=2" in version else None
         if known is not None and self.mangle is None:

@@ -139,7 +139,7 @@ class GitBackend(ReadOnlyBackend):
 
     def where(self, key: str) -> str:
         """Return the URI of a key, for messages."""
-        return str(Location(*self._place, key, self._revision, url=""))
+        return str(Location(*self._place, key, self._revision))
 
     def current_version(self) -> str:
         """Return the commit that the revision is now; see ``RepositoryBackend``."""
