@@ -605,6 +605,31 @@ def test_who_may_write_but_not_read_delivers_once(
     assert delivered(store) == once(1)
 
 
+def test_who_may_not_list_goes_on_without_its_mark(
+    spool: Spool,
+    store: Path,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def forbid(*_: object, **__: object) -> Any:
+        raise AuthenticationError("403: no")
+
+    fill(spool, 1, 2, 3)
+    sender_to(spool, store, most=2)._step()
+    spool.close()
+    (Path(spool.folder) / "mark").unlink()
+    again = Spool(spool.folder, CLIENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Gated, "list", forbid, raising=False)
+        empty(sender_to(again, store, client=gate.client()))
+    assert "may be sent there once more" in caplog.text
+    # It cannot know what is there; who reads it takes each record once all the same.
+    assert [record.number for record in Reports(store).records()] == [1, 2, 3]
+    assert Reports(store).check().duplicates == 2
+    again.close()
+
+
 def test_another_content_under_the_name_of_a_batch_is_told(
     spool: Spool, store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

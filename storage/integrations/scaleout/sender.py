@@ -406,7 +406,15 @@ class Sender:
         for client in sorted(self._outgoing.clients()):
             prefix = f"{batches.client_folder(client)}/"
             where = self._store.where(prefix)
-            self._store.client.run_retried(functools.partial(look, prefix), where=where)
+            try:
+                self._store.client.run_retried(functools.partial(look, prefix), where=where)
+            except AuthenticationError as exc:
+                _log.error(
+                    "the mark of the spool is damaged, and what is in %s may not be listed, so "
+                    "some records may be sent there once more; Reports shows them once: %s",
+                    where,
+                    one_line(exc),
+                )
         return found
 
     # -- waiting; the condition is held -------------------------------------------------------
