@@ -77,6 +77,19 @@ def test_a_source_that_replaces_a_file_of_another_replaces_all_of_it(tmp_path: P
     assert tree(tmp_path) == {**V2, "other.bin": b"0"}
 
 
+def test_a_folder_in_another_sources_folder_stays(tmp_path: Path) -> None:
+    put(tmp_path, "s3://b/base", {"weights/a": b"1", "weights/deep/b": b"1", "other/c": b"1"})
+    put(tmp_path / "weights" / "adapter", "s3://b/adapter", {"x": b"1"})
+    with Place(str(tmp_path), "s3://b/base") as place:
+        assert place.is_current(f"plan of {['other/c', 'weights/a', 'weights/deep/b']}")
+    put(tmp_path, "s3://b/base", {"weights/a": b"2", "config.json": b"2"})
+
+    assert tree(tmp_path) == {"weights/a": b"2", "config.json": b"2", "weights/adapter/x": b"1"}
+    put(tmp_path / "weights" / "adapter", "s3://b/adapter", {"y": b"2"})
+    put(tmp_path, "s3://b/base", {"config.json": b"3"})
+    assert tree(tmp_path) == {"config.json": b"3", "weights/adapter/y": b"2"}
+
+
 def test_only_the_named_sources_stay(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_bytes(b"0")
     for name in ("one", "two", "three"):

@@ -354,7 +354,7 @@ class _Moves:
         beside: Collection[str],
     ) -> None:
         self._folder, self._content, self._beside = folder, content, beside
-        gone = {path for key in leaving for path in shares.pop(key, _Share()).paths}
+        gone = {path for key in leaving for path in self._taken(shares.pop(key, _Share()))}
         while True:
             self.old: list[str] = []
             self.new: list[str] = []
@@ -369,9 +369,14 @@ class _Moves:
                 break
             # All of them goes, not only what is in the way; then it looks different here.
             for other in self._displaced:
-                gone = gone | set(shares.pop(other).paths)
+                gone = gone | set(self._taken(shares.pop(other)))
         present = (path for path in sorted(gone) if os.path.lexists(os.path.join(folder, path)))
         self.old = [*present, *self.old]
+
+    def _taken(self, share: _Share) -> Iterator[str]:
+        """Yield what goes with a share; a folder in it that has sources of its own does not."""
+        for path in share.paths:
+            yield from _around_places(self._folder, path)
 
     def _visit(self, path: str) -> None:
         here, there = os.path.join(self._folder, path), os.path.join(self._content, path)
@@ -414,6 +419,23 @@ class _Moves:
         return None
 
 
+def _around_places(folder: str, path: str) -> Iterator[str]:
+    place = os.path.join(folder, path)
+    if not _is_real_folder(place) or not any(_has_note(root) for root, _, _ in os.walk(place)):
+        yield path
+    elif not _has_note(place):
+        for name in os.listdir(place):
+            yield from _around_places(folder, os.path.join(path, name))
+
+
+def _has_note(folder: str) -> bool:
+    try:
+        os.getxattr(folder, _XATTR)
+    except OSError:
+        return os.path.lexists(os.path.join(folder, _NOTE))
+    return True
+
+
 def _key(source: str) -> str:
     return hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -448,6 +470,8 @@ def _is_below(path: object) -> bool:
 def _state(folder: str, paths: Collection[str]) -> str:
     """Return a hash of the names, sizes and times of all files at ``paths``.
 
+    What is in folders that have sources of their own does not count.
+
     Raises:
         OSError: one is not there.
     """
@@ -464,6 +488,7 @@ def _state(folder: str, paths: Collection[str]) -> str:
             note(place)
             continue
         for root, folders, names in os.walk(place):
+            folders[:] = [name for name in folders if not _has_note(os.path.join(root, name))]
             for name in (*names, *(each for each in folders if os.path.islink(f"{root}/{each}"))):
                 note(os.path.join(root, name))
     text = "\n".join(sorted(lines))
