@@ -42,6 +42,7 @@ from storage.transfer.progress import Progress
 from storage.uri import parse_uri
 from tests.facade.stores import BucketStore, FileStore, Store, s3_config
 from tests.servers import CountingProxy, SeaweedFS
+from tests.servers.nginx_http import NginxHTTP
 
 # A process that has threads is forked on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -135,6 +136,28 @@ def test_a_hub_takes_a_mirror_in_commits_of_a_batch(make_store: Callable[[str], 
         assert counts(mirror(one, two, executor=pool, batch_size=5)) == (12, 0, 0, 0)
     assert content(two) == content(one)
     assert counts(mirror(one, two)) == (0, 12, 0, 0)
+    for name in ("pvc", "azurite-obstore"):
+        back = make_store(name)
+        assert counts(mirror(two, back)) == (12, 0, 0, 0)
+        assert counts(mirror(two, back)) == (0, 12, 0, 0)
+        assert content(back) == content(one)
+
+
+def test_a_file_of_a_web_server_goes_where_it_is_wanted(
+    make_store: Callable[[str], Store], nginx_http: NginxHTTP
+) -> None:
+    data = os.urandom(5000)
+    (nginx_http.data / "mirrored").mkdir(exist_ok=True)
+    (nginx_http.data / "mirrored" / "model.bin").write_bytes(data)
+    two = make_store("azurite-obstore")
+    uri = f"{nginx_http.endpoint}/mirrored/model.bin"
+    for expected in ((1, 0, 0, 0), (0, 1, 0, 0)):
+        with processes("spawn", 1)() as pool:
+            result = StorageOperations.mirror(
+                uri, two.uri("model.bin"), dest_config=two.config, executor=pool
+            )
+        assert counts(result) == expected
+    assert content(two) == {"model.bin": data}
 
 
 def test_a_claim_is_filled_and_read_as_any_store(
