@@ -314,7 +314,7 @@ def test_without_a_strong_etag_it_begins_again(
 
 def test_the_journal_holds_no_secret(s3: Remote, seaweedfs: SeaweedFS, dest: Path) -> None:
     assert s3.resuming(s3.uri, dest).run(6 * MIB) is None
-    (staging,) = dest.parent.glob(".model.*.partial")
+    (staging,) = (path.parent for path in dest.parent.glob(".model.*.partial/journal"))
     text = (staging / "journal").read_bytes() + str(everything_in(staging)).encode()
     assert s3.config is not None
     for secret in s3.config.values():
@@ -333,7 +333,7 @@ def test_a_signed_url_is_gone_on_with_by_another_signature(
         return replace(s3.resuming(url, dest), config=None)
 
     assert download(600).run(4 * MIB) is None
-    (staging,) = dest.parent.glob(".model.*.partial")
+    (staging,) = (path.parent for path in dest.parent.glob(".model.*.partial/journal"))
     assert b"ignature" not in (staging / "journal").read_bytes()
     events = download(601)
     assert events.run(4 * MIB) is not None, "it moves less than that, for the rest is here"

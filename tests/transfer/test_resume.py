@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import storage.client.download
 from storage import files
 from storage.client import StorageClient
 from storage.config import load_settings
@@ -196,7 +195,7 @@ def test_what_is_here_needs_no_free_space(
     download: Download, dest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed: list[int] = []
-    monkeypatch.setattr(storage.client.download, "check_space", lambda _, size: needed.append(size))
+    monkeypatch.setattr("storage.client.placed.check_space", lambda _, size: needed.append(size))
     with memory_bucket(FILES) as memory:
         with pytest.raises(TransferError):
             download(Metered(memory, 5 * PART), "m/sub/weights.bin", dest)
