@@ -178,6 +178,8 @@ HTTP = [
          ("$odd/moved/$name/m.bin", "$dest")),
     Case("http-from-the-proxy", "proxied", {"m.bin": b"1"}, {"m.bin": b"1"},
          ("$root/m.bin", "$dest")),
+    Case("http-past-the-proxy", "http", {"m.bin": b"1"}, {"m.bin": b"1"}, ("$root/m.bin", "$dest"),
+         {"HTTP_PROXY": "http://127.0.0.1:$closed", "NO_PROXY": "localhost,127.0.0.1"}),
     Case("https-own-authority", "nginx", {"m.bin": b"1"}, {"m.bin": b"1"},
          ("$tls/m.bin", "$dest"), {"REQUESTS_CA_BUNDLE": "$ca"}),
     Case("https-authority-of-the-configmap", "nginx", {"m.bin": b"1"}, {"m.bin": b"1"},

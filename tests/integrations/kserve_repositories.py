@@ -30,7 +30,13 @@ class Repositories(Servers):
         repo.branches["v1"] = repo.tags["1.0"] = repo.pulls["refs/pr/1"] = commit.id
         if first:
             self.hub.put(repo, last)
-        names = {"commit": commit.id, "token": self.hub.writer.token}
+        token = self._scratch / "hub-token"
+        token.write_text(self.hub.writer.token)
+        names = {
+            "commit": commit.id,
+            "token": self.hub.writer.token,
+            "token_file": str(token),
+        }
         return Place(f"hf://owner/{name}", {"HF_ENDPOINT": self.hub.url}, names)
 
     def _hf_private(self, name: str, files: Files, claims: Sequence[Path]) -> Place:

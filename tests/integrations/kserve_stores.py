@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -17,6 +18,9 @@ from tests.servers.seaweedfs import PUBLIC_BUCKET, READABLE_BUCKET
 
 BUCKET = "kserve"
 S3_HOST = "s3.models.example"
+ENTRA = "login.microsoftonline.com"
+TENANT, CLIENT = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
+CLIENT_SECRET = "the-secret-of-the-principal"
 
 
 class Pages:
@@ -77,9 +81,7 @@ class Stores(Repositories):
     def _public(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
         self._get("public_bucket")
         place = self._objects(self.seaweedfs, PUBLIC_BUCKET, f"{name}/m", files)
-        for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            del place.environment[variable]
-        return place
+        return _without_keys(place)
 
     def _readable(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
         """Use keys that may read objects, and neither list nor ask for the bucket."""
@@ -110,6 +112,35 @@ class Stores(Repositories):
         proxy = self._proxy("s3-proxy", hosts)
         place.environment |= {"AWS_ENDPOINT_URL": f"http://{S3_HOST}", "HTTP_PROXY": proxy.url}
         return place
+
+    def _role(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
+        """Use what EKS mounts and sets for a service account that has a role."""
+        place = self._literal(name, files, claims)
+        token = self._scratch / "service-account"
+        token.write_text("the.token.of-the-account")
+        place.environment |= {
+            "AWS_ENDPOINT_URL_STS": self.moto.endpoint,
+            "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/models",
+            "AWS_WEB_IDENTITY_TOKEN_FILE": str(token),
+        }
+        return _without_keys(place)
+
+    def _pod_identity(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
+        """Use an agent on the node that gives credentials to pods that have a token."""
+        place = self._literal(name, files, claims)
+        answer = {
+            "AccessKeyId": "ASIAEXAMPLE",
+            "SecretAccessKey": "SECRETEXAMPLE",
+            "Token": "the-token-of-a-session",
+            "Expiration": "2099-01-01T00:00:00Z",
+        }
+        page = Page(json.dumps(answer).encode(), "application/json", wanted={"Authorization": "me"})
+        agent = self._http(f"{name}-agent", {"v1/credentials": page}, claims)
+        place.environment |= {
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN": "me",
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{agent.root}/v1/credentials",
+        }
+        return _without_keys(place)
 
     def _amazon(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
         """Use the endpoint of Amazon that knows one region alone, but by a bucket's host."""
@@ -185,6 +216,24 @@ class Stores(Repositories):
         del place.environment["AZURE_STORAGE_ACCESS_KEY"]
         return place
 
+    def _azure_principal(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
+        """Use the same, and Entra at its own address, where a principal has a secret."""
+        place = self._azure_token(name, files, claims)
+        server = self._get("azurite_tls")
+        assert isinstance(server, Azurite)
+        entra = self._once("entra", lambda: self._start_entra(server.bearer()))
+        front = self._front("entra-tls", entra.url, ENTRA)
+        hosts = self._proxy(f"{server.port}-proxy", {}).hosts
+        hosts[ENTRA] = (HOST, front.port)
+        bundle = self._scratch / "entra.pem"
+        bundle.write_text(front.ca_file.read_text() + Path(place.names["ca"]).read_text())
+        place.environment |= {"SSL_CERT_FILE": str(bundle), "REQUESTS_CA_BUNDLE": str(bundle)}
+        place.names |= {"tenant": TENANT, "client": CLIENT, "secret": CLIENT_SECRET}
+        return place
+
+    def _start_entra(self, token: str) -> OddHTTP:
+        return self._stack.enter_context(OddHTTP(lambda request: _entra(request, token)))
+
     def _azure_token(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
         """Use an account that takes tokens of Entra, as Azurite does over TLS alone."""
         server = self._get("azurite_tls")
@@ -259,6 +308,36 @@ class Stores(Repositories):
         for claim in claims:
             write(claim / name, files)
         return Place(f"/mnt/pvc/{name}", {}, {"name": name})
+
+
+def _without_keys(place: Place) -> Place:
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        del place.environment[variable]
+    return place
+
+
+def _entra(request: Request, token: str) -> Reply:
+    """Answer what clients ask Entra for a principal's token."""
+    tenant = f"https://{ENTRA}/{TENANT}"
+    status = 200
+    if request.method == "POST":
+        answer: dict[str, object] = {
+            "access_token": token,
+            "expires_in": 3600,
+            "token_type": "Bearer",
+        }
+        fields = parse_qs(request.body.decode())
+        if (fields.get("client_id"), fields.get("client_secret")) != ([CLIENT], [CLIENT_SECRET]):
+            status, answer = 401, {"error": "invalid_client", "error_description": "wrong secret"}
+    elif request.path.endswith("/discovery/instance"):
+        answer = {"tenant_discovery_endpoint": f"{tenant}/v2.0/.well-known", "metadata": []}
+    else:
+        answer = {
+            "authorization_endpoint": f"{tenant}/oauth2/v2.0/authorize",
+            "token_endpoint": f"{tenant}/oauth2/v2.0/token",
+            "issuer": f"{tenant}/v2.0",
+        }
+    return Reply(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
 
 @contextmanager

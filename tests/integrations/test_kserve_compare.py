@@ -30,7 +30,9 @@ from tests.integrations.kserve_stores import Stores, stores
 from tests.servers.process import ServerError
 
 NOBODY = 65534
-_SECRET = re.compile(r"SECRET_ACCESS_KEY|SESSION_TOKEN|ACCESS_TOKEN|STORAGE_ACCESS_KEY|HF_TOKEN")
+_SECRET = re.compile(
+    r"SECRET_ACCESS_KEY|SESSION_TOKEN|ACCESS_TOKEN|STORAGE_ACCESS_KEY|HF_TOKEN$|CLIENT_SECRET"
+)
 
 
 @pytest.fixture(scope="module")
