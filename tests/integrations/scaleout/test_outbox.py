@@ -7,6 +7,7 @@ import os
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from storage.integrations.scaleout.layout import TaskEntry
 from storage.integrations.scaleout.models import ModelStore
 from storage.integrations.scaleout.outbox import Delivery, Outbox, Outcome
 from storage.integrations.scaleout.presence import Presence, folder_id
+from storage.integrations.scaleout.tasks import TaskRunner
 from storage.registry.objects import ObjectStore
 from storage.uri import parse_uri
 
@@ -110,6 +112,34 @@ def test_the_first_result_of_a_task_counts(store: ObjectStore, tmp_path: Path) -
     _delivery(outbox, store).deliver()
     assert outbox.tasks() == []
     assert Result.parse(store.read(outcome.entry.result) or b"", "here") == first
+
+
+def test_a_task_whose_result_waits_here_is_not_done_again(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    outbox = Outbox(str(tmp_path / "outbox"))
+    outcome = _outcome()
+    entry = outcome.entry
+    assert store.create(entry.request, Request.of("infer", "m", {}).dumps())
+    assert store.create(entry.claimed(1), Claim("edge-1", "before", "this folder").dumps())
+    outbox.put(outcome)
+    presence = Presence(store, "edge-1", "this folder")
+    unused: Any = None
+    runner = TaskRunner(
+        store,
+        "edge-1",
+        presence,
+        unused,
+        outbox,
+        unused,
+        concurrency=1,
+        on_outcome=lambda: None,
+    )
+    runner.poll()
+    assert store.names(layout.TASKS) == [entry.claimed(1), entry.request]
+    _delivery(outbox, store).deliver()
+    runner.poll()
+    assert store.names(layout.TASKS) == [entry.claimed(1), entry.request, entry.result]
 
 
 def test_a_folder_has_one_id_for_ever(tmp_path: Path) -> None:
