@@ -28,6 +28,7 @@ from storage.errors import (
     TransientError,
 )
 from storage.files import check_space, materialise, translate_os_errors
+from storage.transfer.plan import Plan, PlannedFile, plan_at_version
 from storage.transfer.progress import Meter, Progress
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from storage.client.download import Download
     from storage.transfer.download import FetchedFile
     from storage.transfer.journal import Journal
-    from storage.transfer.plan import Plan, PlannedFile
 
 __all__ = ["CachedDownload"]
 
@@ -177,7 +177,9 @@ class CachedDownload:
 
         last = self.last()
         found = self.fresh(last) or self.unchanged_version(last) or self._unchanged_tree(last)
-        if found is None:
+        plan = None
+        # A repository's plan may take all of it: the lock is for that, too.
+        if found is None and not self._job.backend.capabilities.repository:
             plan = self._job.make_plan()
             found = self._unchanged(plan, last)
         if found is not None:
@@ -189,10 +191,16 @@ class CachedDownload:
         with SourceLock(path, timeout=self._cache.lock_timeout, stall=stall) as lock:
             for _ in range(_TRIES):
                 # Another process may have fetched it while this one waited.
-                found = self._unchanged(plan, self.last())
+                last = self.last()
+                found = self._unchanged(plan, last) if plan else self.unchanged_version(last)
+                if found is None and plan is None:
+                    with lock.beating():
+                        plan = self._job.make_plan()
+                    found = self._unchanged(plan, last)
                 if found is not None:
                     self._job.tell_present(found)
                     return found
+                assert plan is not None
                 try:
                     manifest = self._fill(plan, lock.beat)
                 except CacheShortfallError as exc:
@@ -207,20 +215,14 @@ class CachedDownload:
 
     def unchanged_version(self, last: tuple[Ref, Manifest] | None) -> Manifest | None:
         """Ask for the version of a whole repository, where there is one, and for nothing in it."""
-        from storage.backends.base import ObjectInfo
-        from storage.transfer.plan import Plan, PlannedFile
-
         job = self._job
         if last is None or not job.backend.capabilities.repository:
             return None
         backend = cast("RepositoryBackend", job.backend)
         version = job.client.run_retried(backend.current_version, where=str(job.location))
-        manifest = last[1]
-        files = (
-            PlannedFile(file.path, ObjectInfo(file.path, file.size, version=version))
-            for file in manifest.files
-        )
-        return self._unchanged(Plan(str(job.location), manifest.is_tree, tuple(files)), last)
+        sizes = {file.path: file.size for file in last[1].files}
+        plan = plan_at_version(str(job.location), last[1].is_tree, sizes, version)
+        return self._unchanged(plan, last)
 
     def _unchanged_tree(self, last: tuple[Ref, Manifest] | None) -> Manifest | None:
         """Ask for a tree as a tree, where it was one: one request tells that nothing changed."""

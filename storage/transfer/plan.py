@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ __all__ = [
     "even_part",
     "local_paths",
     "make_plan",
+    "plan_at_version",
     "resolve",
     "split",
 ]
@@ -188,6 +189,23 @@ def make_plan(backend: Backend, location: Location, patterns: Patterns) -> Plan:
     files = (PlannedFile(path, info) for path, (_, info) in zip(paths, wanted, strict=True))
     pinned = location.version is not None and not location.has_revisions
     return Plan(str(location), is_tree, tuple(files), pinned)
+
+
+def plan_at_version(uri: str, is_tree: bool, sizes: Mapping[str, int], version: str) -> Plan:
+    """Return the plan of files that are known, as it would be if all had ``version``.
+
+    Args:
+        uri: of the source.
+        is_tree: whether it is a tree.
+        sizes: bytes of each file by its path.
+        version: of a whole repository.
+    """
+    from storage.backends.base import ObjectInfo
+
+    files = (
+        PlannedFile(path, ObjectInfo(path, size, version=version)) for path, size in sizes.items()
+    )
+    return Plan(uri, is_tree, tuple(files))
 
 
 def local_paths(keys: Iterable[str], source: str) -> list[str]:

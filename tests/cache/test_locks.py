@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from storage import cancellation
 from storage.cache import locks as module
 from storage.cache.locks import SourceLock, gc_lock, remove_stale
 from tests.cache.processes import (
@@ -62,6 +63,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(module, "time", found)
+    # By which it waits.
+    monkeypatch.setattr(cancellation, "time", found)
     return found
 
 
@@ -425,3 +428,18 @@ def test_whoever_locks_a_file_that_is_being_removed_begins_again(
         assert removed == [1]
         assert lock.acquired
         assert not can_have(path)
+
+
+def test_work_that_tells_nothing_gives_signs_of_life_all_the_same(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BEAT", 0.01)
+    with SourceLock(path, timeout=0) as lock:
+        seen = set()
+        before = threading.active_count()
+        with lock.beating():
+            deadline = time.monotonic() + 30
+            while len(seen) < 3 and time.monotonic() < deadline:
+                seen.add(os.stat(path).st_mtime_ns)
+        assert len(seen) >= 3
+        assert threading.active_count() == before
