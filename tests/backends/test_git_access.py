@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import tempfile
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 from storage import (
     AuthenticationError,
     GitConfig,
+    InsufficientSpaceError,
     InvalidInput,
     ModelMissingError,
     StorageClient,
@@ -75,6 +80,13 @@ def test_a_private_repository_wants_its_password(
     uri = model.uri("m", private=True, user=user)
 
     assert Path(client.download(uri, config=config), "config.json").read_bytes() == b"{}"
+
+
+def test_the_settings_know_the_password_of_a_host(model: GitHTTP) -> None:
+    host = model.uri("m").split("/open/")[0]
+    entry = {"prefix": f"{host}/", "username": USER, "password": PASSWORD}
+    with StorageClient(settings=Settings(stores={"git": entry})) as client:
+        assert client.list_objects(model.uri("m", private=True)) == ["config.json", "weights.bin"]
 
 
 @pytest.mark.parametrize("config", [None, GitConfig(USER, "wrong-password"), GitConfig(token="no")])
@@ -266,6 +278,62 @@ def test_differences_upon_differences_are_put_together(
 
     found = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
     assert found == files
+
+
+def test_a_file_is_never_in_memory_whole(git_server: GitHTTP) -> None:
+    git_server.create("big")
+    data = os.urandom(12_000_000)
+    git_server.commit("big", {"a": data})
+    git = backend(git_server, "big")
+    pack = git._snapshot().pack
+    tracemalloc.start()
+    try:
+        again = packs.Pack(os.dup(pack._descriptor), pack._size, "again")
+        hasher = hashlib.sha256()
+        with git.read("a") as body:
+            for chunk in body:
+                hasher.update(chunk)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        git.close()
+
+    assert hasher.digest() == hashlib.sha256(data).digest()
+    assert again._found.keys() == pack._found.keys()
+    assert peak < 4_000_000
+
+
+def test_a_full_disk_is_said_and_nothing_stays(
+    git_server: GitHTTP,
+    client: StorageClient,
+    full_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    git_server.create("big")
+    git_server.commit("big", {"a": os.urandom(12_000_000)})
+    monkeypatch.setattr(tempfile, "tempdir", str(full_disk))
+
+    with pytest.raises(InsufficientSpaceError, match="TMPDIR"):
+        client.download(git_server.uri("big"), tmp_path / "m")
+
+    # The next one has room; in it lies nothing of this one.
+    assert not list(full_disk.iterdir())
+    assert shutil.disk_usage(full_disk).free > 6_000_000
+
+
+def test_without_the_server_a_repository_comes_from_the_cache(tmp_path: Path) -> None:
+    settings = Settings(transfer={"attempts": 1})
+    with GitHTTP(tmp_path) as server, StorageClient(settings=settings) as client:
+        server.create("m")
+        server.commit("m", {"config.json": b"{}"})
+        uri = server.uri("m")
+        path = client.download(uri)
+    with StorageClient(settings=settings) as client:
+        with pytest.raises(StorageError, match="nobody answers"):
+            client.download(uri)
+        with pytest.warns(RuntimeWarning, match="the cached copy is used"):
+            assert client.download(uri, offline="auto") == path
 
 
 # -- large file storage ---------------------------------------------------------------------------
