@@ -1,9 +1,9 @@
 """Spools and senders for tests, and child processes that use them until they are killed.
 
-``python -m tests.integrations.spooling`` is a process that has imported everything and forks a
-child for each order, so that a child costs milliseconds. A child counts *ticks*: one before and one
-after every call that changes a file of the spool or the store. At the tick that its order names it
-sends itself SIGKILL: no clean-up code runs.
+``python -m tests.integrations.scaleout_reports.support`` is a process that has imported everything
+and forks a child for each order, so that a child costs milliseconds. A child counts *ticks*: one
+before and one after every call that changes a file of the spool or the store. At the tick that its
+order names it sends itself SIGKILL: no clean-up code runs.
 
 What a child was told to be taken, it writes to a log that no spool knows.
 """
@@ -21,6 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ import storage
 from storage import StorageClient
 from storage.backends.base import Backend
 from storage.config import load_settings
-from storage.errors import StorageError
+from storage.errors import StorageError, TransientError
 from storage.integrations.scaleout import records
 from storage.integrations.scaleout.reports import Reports
 from storage.integrations.scaleout.sender import Sender
@@ -38,17 +39,28 @@ from storage.uri import parse_uri
 
 __all__ = [
     "CLIENT",
+    "WAIT",
+    "Gate",
+    "Gated",
     "Nursery",
     "Order",
     "Spool",
     "Wrapping",
+    "acknowledged",
+    "away",
     "delivered",
     "empty",
+    "fill",
     "impatient",
     "observation",
+    "once",
     "sender_to",
     "store_at",
+    "until",
 ]
+
+WAIT = 20.0
+"""Seconds for what takes a moment on a machine that is not busy."""
 
 CLIENT = "edge/1"
 """The client of these tests; its id has a character that no name of a folder can have."""
@@ -109,6 +121,66 @@ def delivered(uri: object, config: Any = None) -> Counter[int]:
     return found
 
 
+def fill(spool: Spool, *numbers: int, size: int = 0) -> None:
+    """Report some observations."""
+    for number in numbers:
+        spool.append(observation(number, size))
+
+
+def once(*numbers: int) -> dict[int, int]:
+    """Return that each of ``numbers`` was delivered once."""
+    return dict.fromkeys(numbers, 1)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for something to come true."""
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
+
+
+class Gate:
+    """Around a backend: a test says what its writes meet."""
+
+    def __init__(self) -> None:
+        self.error: Callable[[str], Exception | None] = lambda key: None
+        self.writes: list[str] = []
+        self.is_applied = False
+        """Whether a write is done before its error."""
+
+    def client(self) -> StorageClient:
+        return Wrapping(partial(Gated, self), settings=impatient())
+
+
+class Gated:
+    def __init__(self, gate: Gate, backend: Any) -> None:
+        self._gate = gate
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def write(self, key: str, *args: Any, **options: Any) -> Any:
+        self._gate.writes.append(key)
+        error = self._gate.error(key)
+        if error is None or self._gate.is_applied:
+            result = self._backend.write(key, *args, **options)
+        if error is not None:
+            raise error
+        return result
+
+
+def away(_: str) -> Exception:
+    """Return the error of a store that cannot be reached."""
+    return TransientError("nobody answers")
+
+
+def acknowledged(log: Path) -> list[int]:
+    """Return what children noted that was taken."""
+    return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
 # -- children --------------------------------------------------------------------------------
 
 
@@ -147,7 +219,7 @@ class Nursery:
     def __enter__(self) -> Self:
         root = str(Path(storage.__file__).parents[1])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integrations.spooling"],
+            [sys.executable, "-m", "tests.integrations.scaleout_reports.support"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -19,8 +19,14 @@ from storage import files
 from storage.errors import TransferError, TransientError
 from storage.integrations.scaleout.reports import Reports
 from storage.integrations.scaleout.spool import Spool
-from tests.integrations.spooling import CLIENT, delivered, empty, observation, sender_to
-from tests.integrations.test_scaleout_sender import Gate
+from tests.integrations.scaleout_reports.support import (
+    CLIENT,
+    Gate,
+    delivered,
+    empty,
+    observation,
+    sender_to,
+)
 
 _SECTOR = 512
 
