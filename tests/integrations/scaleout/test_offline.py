@@ -24,7 +24,7 @@ def test_a_client_works_without_its_store_and_delivers_when_it_is_back(
     hold = tmp_path / "hold"
     hold.touch()
     seed = fleet.seed("seed", 1.0, 2.0)
-    client = fleet.start("edge-1")
+    client = fleet.start("edge-1", freshness="revalidate")
     assert board.wait(board.submit("stage", seed, client="edge-1"), 60).is_completed
     assert board.wait(board.submit("validate", seed, client="edge-1"), 60).is_completed
     train = board.submit("train", seed, {"hold": str(hold)}, client="edge-1")
@@ -33,6 +33,7 @@ def test_a_client_works_without_its_store_and_delivers_when_it_is_back(
     own_server.halt()
     # What is staged infers, what is cached is read, and what is said is kept.
     assert client("infer", client_id="edge-1", model_id=seed, by=3) == 3.0
+    assert len(client("chunks_of", client_id="edge-1", model_id=seed)) == 1
     answer = client(
         "log", client_id="edge-1", metrics=[{"loss": step} for step in range(20)], step=100
     )
