@@ -34,7 +34,7 @@ from tests.servers.proxy import CountingProxy
 
 MIB = 1024 * 1024
 RATE = 16 * MIB
-SIZE = 48 * MIB
+SIZE = 32 * MIB
 SOON = 3.0
 """Seconds; without cancelling, the transfers of this module take as long again, or for ever."""
 
@@ -89,7 +89,7 @@ def test_a_cancelled_download_ends_and_the_next_one_goes_on_with_it(
     async def main() -> str:
         with StorageClient(s3.through(slow.endpoint)) as client:
             uri = s3.uri("model/")
-            await cancel_when(client.adownload(uri, target), lambda: slow.bytes_down > 20 * MIB)
+            await cancel_when(client.adownload(uri, target), lambda: slow.bytes_down > 16 * MIB)
             assert busy_threads() == []
             assert not (out / "model").exists()
             came = slow.bytes_down
@@ -145,11 +145,11 @@ def test_a_cancelled_upload_leaves_no_object_and_no_parts(
     store = make_store(name)
     assert isinstance(store, BucketStore)
     with (tmp_path / "weights").open("wb") as file:
-        file.truncate(2 * SIZE)
+        file.truncate(3 * SIZE)
     # What is in memory when it is cancelled still goes.
     settings = load_settings(transfer={"memory": "32MiB", "connections": 2})
     server = store.server
-    with FaultProxy(server.endpoint, link=Link(shared_rate=RATE)) as proxy:
+    with FaultProxy(server.endpoint, link=Link(shared_rate=2 * RATE)) as proxy:
         there = store.config.endpoint_url.replace(server.endpoint, proxy.endpoint)
         config = store.config.model_copy(update={"endpoint_url": there})
 
@@ -171,7 +171,7 @@ def test_a_cancelled_upload_leaves_no_object_and_no_parts(
         asyncio.run(main())
         assert busy_threads() == []
         assert parts() == []
-        assert proxy.bytes_up < 2 * SIZE
+        assert proxy.bytes_up < 3 * SIZE
     assert store.keys() == []
 
 
