@@ -27,7 +27,8 @@ _VARIABLES = {
 }
 # What the connection string of a storage account says beside its secrets.
 _PUBLIC = re.compile(
-    r"(?:^|;)\s*(?:AccountName|BlobEndpoint|FileEndpoint|EndpointSuffix)\s*=\s*([^;?]+)", re.IGNORECASE
+    r"(?:^|;)\s*(?:AccountName|BlobEndpoint|FileEndpoint|EndpointSuffix)\s*=\s*([^;?]+)",
+    re.IGNORECASE,
 )
 
 

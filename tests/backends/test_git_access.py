@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import shutil
@@ -28,7 +29,7 @@ from storage.backends.base import OpenOptions
 from storage.backends.git import pack as packs
 from storage.backends.git.backend import GitBackend, open_backend
 from storage.config import Settings
-from storage.errors import TransferError
+from storage.errors import TransferError, redact
 from storage.uri import parse_uri
 from tests.servers.git_http import PASSWORD, USER, GitHTTP
 from tests.servers.odd_http import OddHTTP, Reply
@@ -80,6 +81,21 @@ def test_a_private_repository_wants_its_password(
     uri = model.uri("m", private=True, user=user)
 
     assert Path(client.download(uri, config=config), "config.json").read_bytes() == b"{}"
+
+
+def test_a_user_alone_is_an_access_token_and_in_no_message(
+    model: GitHTTP, client: StorageClient
+) -> None:
+    uri = model.uri("m", private=True, user="ghp-s3cr3t-t0ken")
+
+    with pytest.raises(AuthenticationError, match="refused the credentials") as caught:
+        client.download(uri)
+
+    sent = base64.b64encode(b"ghp-s3cr3t-t0ken:").decode()
+    assert [given for _, _, given in model.requests] == [f"Basic {sent}"]
+    shown = f"{caught.value!r} {parse_uri(uri)} {parse_uri(uri)!r} {redact(sent)}"
+    assert "ghp-s3cr3t-t0ken" not in shown
+    assert sent not in shown
 
 
 def test_the_settings_know_the_password_of_a_host(model: GitHTTP) -> None:

@@ -31,6 +31,7 @@ from storage.errors import (
     StorageError,
     TransientError,
     UnsupportedOperation,
+    conceal,
 )
 from storage.uri import Location
 
@@ -78,10 +79,13 @@ def _basic(user: str | None, password: str | None, config: GitConfig | None) -> 
         user, secret = unquote(user) if user is not None else None, None
     if password is not None:
         secret = unquote(password)
-    if secret is None:
+    if secret is None and user is None:
         return None
-    text = f"{user or ''}:{secret}".encode("utf-8", "surrogateescape")
-    return f"Basic {base64.b64encode(text).decode('ascii')}"
+    text = f"{user or ''}:{secret or ''}".encode("utf-8", "surrogateescape")
+    encoded = base64.b64encode(text).decode("ascii")
+    # A user without a password may be an access token.
+    conceal(encoded, *([] if secret else [user or ""]))
+    return f"Basic {encoded}"
 
 
 @dataclass(frozen=True, slots=True)
