@@ -37,33 +37,44 @@ def push(registry: ModelRegistry, folder: MakeFolder, *numbers: int) -> None:
         registry.push("iris", folder(files(number)))
 
 
-@pytest.mark.parametrize("dest", [False, True], ids=["cache", "destination"])
 def test_each_version_that_an_alias_is_set_to_is_told(
-    open_registry: OpenRegistry, folder: MakeFolder, tmp_path: Path, dest: bool
+    open_registry: OpenRegistry, folder: MakeFolder
 ) -> None:
     registry = open_registry()
     registry.init()
+    follow(registry, folder, None)
+
+
+def test_versions_may_be_put_in_a_folder(
+    registry: ModelRegistry, folder: MakeFolder, tmp_path: Path
+) -> None:
+    registry.delete("iris", 1)
+    registry.gc(grace=0)
+    follow(registry, folder, tmp_path / "versions")
+
+
+def follow(registry: ModelRegistry, folder: MakeFolder, dest: Path | None) -> None:
     push(registry, folder, 1, 2, 3)
-    registry.set_alias("iris", "production", 1)
-    watcher = registry.watch(
-        "iris", alias="production", dest=tmp_path / "versions" if dest else None
-    )
+    low, _, high = registry.numbers("iris")
+    registry.set_alias("iris", "production", low)
+    watcher = registry.watch("iris", alias="production", dest=dest)
     first = watcher.check()
     assert first is not None
-    assert (first.version, tree_bytes(first.path)) == ("1", files(1))
+    assert (first.version, tree_bytes(first.path)) == (str(low), files(1))
     assert watcher.check() is None
-    registry.set_alias("iris", "production", 3)
+    registry.set_alias("iris", "production", high)
     third = watcher.check()
     assert third is not None
-    assert (third.version, tree_bytes(third.path)) == ("3", files(3))
+    assert (third.version, tree_bytes(third.path)) == (str(high), files(3))
     assert third.previous is first
     assert tree_bytes(first.path) == files(1)
     first.release()
+    assert dest is None or len(list(dest.iterdir())) == 1
     # And back: that is a change, too.
-    registry.set_alias("iris", "production", 1)
+    registry.set_alias("iris", "production", low)
     again = watcher.check()
     assert again is not None
-    assert (again.version, tree_bytes(again.path)) == ("1", files(1))
+    assert (again.version, tree_bytes(again.path)) == (str(low), files(1))
 
 
 @pytest.fixture
