@@ -352,6 +352,19 @@ def test_a_registry_over_tls_is_read_with_its_authority(tls: TlsFront, public: P
             assert tree_of(backend) == TREE
 
 
+def test_a_registry_over_tls_does_not_lead_to_where_there_is_none(
+    oci_registry: Registry, public: Pusher
+) -> None:
+    with Gate(oci_registry, blobs_elsewhere=True) as gate, TlsFront(f"http://{gate.host}") as tls:
+        config = OCIConfig(USER, PASSWORD, plain_http=False, ca_bundle=tls.ca_file)
+        with (
+            opened(public.uri(":v1", f"127.0.0.1:{tls.port}"), config) as backend,
+            pytest.raises(StorageError, match="from https to"),
+        ):
+            tree_of(backend)
+        assert not any(one.path.startswith("/elsewhere") for one in gate.asked)
+
+
 def test_other_hosts_than_this_one_are_spoken_to_over_tls() -> None:
     schemes = {
         "localhost:5000": "http",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from storage.backends.oci.workspace import Workspace
+from storage.errors import DestinationError
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,15 @@ def test_what_a_killed_process_left_is_removed_and_what_is_used_is_not(temporary
     assert set(os.listdir(temporary)) == {os.path.basename(one.path) for one in (own, other)}
     own.close()
     other.close()
+
+
+def test_no_place_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    with pytest.raises(DestinationError, match="TMPDIR"):
+        Workspace()
 
 
 def test_a_forked_child_takes_nothing_from_its_parent(temporary: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import tempfile
 import weakref
 
+from storage.errors import DestinationError
 from storage.files import is_locked, remove, translate_os_errors
 
 __all__ = ["Workspace"]
@@ -27,10 +28,17 @@ class Workspace:
         Raises:
             DestinationError: there is no place for temporary files.
         """
-        with translate_os_errors(tempfile.gettempdir()):
-            _sweep()
+        try:
+            parent = tempfile.gettempdir()
+        except OSError as exc:
+            raise DestinationError(
+                "layers of images need a folder for temporary files, and none can be written; "
+                "name one by TMPDIR"
+            ) from exc
+        with translate_os_errors(parent):
+            _sweep(parent)
             while True:
-                self.path = tempfile.mkdtemp(prefix=_PREFIX)
+                self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
                 lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 with contextlib.suppress(OSError):  # no locks on this file system
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,8 +63,8 @@ def _drop(path: str, lock: int, owner: int) -> None:
         os.close(lock)
 
 
-def _sweep() -> None:
-    with os.scandir(tempfile.gettempdir()) as entries:
+def _sweep(parent: str) -> None:
+    with os.scandir(parent) as entries:
         for entry in entries:
             if not entry.name.startswith(_PREFIX):
                 continue
