@@ -163,6 +163,8 @@ HTTP = [
     Case("http-denied", "http", {"m.bin": Page(b"", status=403)}, Failed(DENIED),
          ("$root/m.bin", "$dest")),
     Case("http-no-name", "http", {"": b"1"}, Failed("name"), ("$root/", "$dest")),
+    Case("http-patterns-do-not-touch-a-file", "http", {"m.bin": b"1"}, {"m.bin": b"1"},
+         ("$root/m.bin", "$dest"), {"STORAGE_ALLOW_PATTERNS": "*.json"}),
     Case("http-broken", "http", {"m.bin": Page(b"", status=500)}, Failed("500"),
          ("$root/m.bin", "$dest")),
     Case("http-always-cut", "http", {"m.bin": Page(b"1" * 1000, cut=100)}, Failed("m.bin"),

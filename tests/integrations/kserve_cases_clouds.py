@@ -37,6 +37,8 @@ GCS = [
          variables={"STORAGE_ALLOW_PATTERNS": "*.json"}),
     Case("gcs-ignore", "gcs", TYPES, {"a.safetensors": b"1", "b.bin": b"2"},
          variables={"STORAGE_IGNORE_PATTERNS": '["*.json"]'}),
+    Case("gcs-patterns-do-not-touch-an-exact-key", "gcs", TYPES, {"b.bin": b"2"},
+         ("$root/b.bin", "$dest"), {"STORAGE_ALLOW_PATTERNS": "*.json"}),
     Case("gcs-nothing-allowed", "gcs", TYPES, Failed("pattern"),
          variables={"STORAGE_ALLOW_PATTERNS": "*.onnx"}),
     Case("gcs-archive-beside-what-is-ignored", "gcs", {"a.bin": b"1", "z.zip": zipped(MODEL)},
@@ -99,6 +101,9 @@ AZURE = [
          variables={"STORAGE_ALLOW_PATTERNS": "notes/*"}),
     Case("azure-ignore", "azure", TYPES, {"notes/c.json": b"3"},
          variables={"STORAGE_IGNORE_PATTERNS": "*.bin,*.safetensors"}),
+    Case("azure-patterns-do-not-touch-an-exact-key", "azure", TYPES, {"b.bin": b"2"},
+         ("$root/b.bin", "$dest"), {"STORAGE_ALLOW_PATTERNS": "*.json"},
+         old=Wrong("what is named exactly is filtered, on this store alone")),
     Case("azure-look-alike-host", "azure", MODEL, Failed("not.azure|blob.core.windows.net|Content"),
          ("https://blob.core.windows.net.not.azure.example/c/m", "$dest")),
 ]  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Mapping
 
+from tests.backends.oci_support import Entry, tar_of
 from tests.integrations.kserve_case import MODEL, Case, Failed, Wrong, tar, zipped
 
 NO_KEYS: Mapping[str, str | None] = {
@@ -98,6 +100,19 @@ ARCHIVES = [
          ("$root/m.zip", "$dest")),
     Case("s3-tar-with-a-way-out", "s3", {"m.tar": tar({"../outside": b"1"}, "w")},
          Failed("outside"), ("$root/m.tar", "$dest")),
+    Case("s3-tar-with-links", "s3",
+         {"m.tar": tar_of([("a", b"1"), Entry("b", link="a"), Entry("c", hard="a")])},
+         {"a": b"1", "b": b"1", "c": b"1"}, ("$root/m.tar", "$dest")),
+    Case("s3-tar-with-a-link-out", "s3",
+         {"m.tar": tar_of([("a", b"1"), Entry("passwords", link="/etc/passwd")])},
+         Failed("passwords"), ("$root/m.tar", "$dest")),
+    Case("s3-tar-with-a-device", "s3",
+         {"m.tar": tar_of([("a", b"1"), Entry("pipe", kind=tarfile.FIFOTYPE)])},
+         Failed("pipe"), ("$root/m.tar", "$dest")),
+    Case("s3-tar-by-zstd-stays", "s3", {"m.tar.zst": b"1"}, {"m.tar.zst": b"1"},
+         ("$root/m.tar.zst", "$dest")),
+    Case("s3-zip-in-capitals", "s3", {"M.ZIP": zipped(MODEL)}, MODEL, ("$root/M.ZIP", "$dest")),
+    Case("s3-empty-zip", "s3", {"m.zip": zipped({})}, {}, ("$root/m.zip", "$dest")),
     Case("s3-zip-with-a-way-out", "s3", {"m.zip": zipped({"../inside": b"1"})},
          Failed("inside"), ("$root/m.zip", "$dest"),
          old=Wrong("the dots are dropped without a word", {"inside": b"1"})),

@@ -151,6 +151,7 @@ def _is_clean(outcome: Outcome, prepared: Prepared) -> None:
         if "Usage" not in outcome.out:
             errors = [line for line in outcome.err.splitlines() if ": error: " in line]
             assert errors == outcome.err.splitlines()[-1:], "one line is enough"
+    assert "Usage" in outcome.out or not outcome.out, "what is said is for the log"
     assert "Traceback" not in outcome.printed, outcome.printed
     assert "unexpected" not in outcome.err, "an error of an SDK escaped"
     for name, value in prepared.environment(names, place).items():
