@@ -395,6 +395,19 @@ def test_a_pointer_is_never_handed_over_as_the_file(
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("spec/v1", "spec/v2"), ("oid ", "ext-0-x sha256:00\noid "), ("size", "long")]
+)
+def test_a_pointer_that_is_not_understood_is_refused(
+    model: GitHTTP, client: StorageClient, old: str, new: str
+) -> None:
+    pointer = model.pointer(LARGE).decode().replace(old, new)
+    model.commit("m", {"large.bin": pointer.encode()})
+
+    with pytest.raises(UnsupportedOperation, match="pointer of git LFS"):
+        client.download(model.uri("m"))
+
+
 def test_a_large_file_of_other_content_is_refused(
     model: GitHTTP, client: StorageClient, tmp_path: Path
 ) -> None:

@@ -331,7 +331,7 @@ class GitBackend(ReadOnlyBackend):
         size = snapshot.pack.size_of(node.name)
         etag = f'"{node.name.hex()}"'
         if size <= MAX_POINTER:
-            pointer = Pointer.read(snapshot.pack.content(node.name))
+            pointer = Pointer.read(snapshot.pack.content(node.name), self.where(key))
             if pointer is not None:
                 digest = Digest("sha256", pointer.oid)
                 return (

@@ -33,9 +33,10 @@ __all__ = ["MAX_POINTER", "LargeFiles", "Pointer"]
 MAX_POINTER = 1024
 """Bytes below which a file may be a pointer, by git LFS's own rule."""
 
+_VERSION = re.compile(rb"version https://(?:git-lfs|hawser)\.github\.com/spec/")
 _POINTER = re.compile(
-    rb"version https://(?:git-lfs\.github\.com|hawser\.github\.com)/spec/v1\n"
-    rb"(?:ext-[^\n]*\n)*oid sha256:(?P<oid>[0-9a-f]{64})\nsize (?P<size>[0-9]{1,15})\n?"
+    rb"version https://(?:git-lfs|hawser)\.github\.com/spec/v1\r?\n"
+    rb"oid sha256:(?P<oid>[0-9a-f]{64})\r?\nsize (?P<size>[0-9]{1,15})\s*"
 )
 _TYPE = "application/vnd.git-lfs+json"
 _MAX_ANSWER = 1024 * 1024
@@ -53,10 +54,21 @@ class Pointer:
     """Bytes of the content."""
 
     @classmethod
-    def read(cls, data: bytes) -> Pointer | None:
-        """Return the pointer that the content of a file is, if it is one."""
+    def read(cls, data: bytes, where: str) -> Pointer | None:
+        """Return the pointer that the content of a file is, if it is one.
+
+        Raises:
+            UnsupportedOperation: it is one of a kind that is not understood.
+        """
+        if _VERSION.match(data) is None:
+            return None
         found = _POINTER.fullmatch(data)
-        return cls(found["oid"].decode(), int(found["size"])) if found is not None else None
+        if found is None:
+            raise UnsupportedOperation(
+                f"{where} is a pointer of git LFS that is not understood (another version, or an "
+                "extension); it is not handed over as the file"
+            )
+        return cls(found["oid"].decode(), int(found["size"]))
 
 
 @dataclass(frozen=True, slots=True)
