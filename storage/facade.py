@@ -85,6 +85,15 @@ def default_client() -> StorageClient:
     return _client
 
 
+def _after_fork() -> None:
+    # The thread that held it does not exist in the child.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def __getattr__(name: str) -> Any:
     # The union of all configs; building it imports them, which nobody needs at run time.
     if name == "StorageConfig":

@@ -128,6 +128,11 @@ class Watcher:
         self._first = threading.Condition()
         self._iterating = False
 
+    def _be_here(self) -> None:
+        """Forget, in a forked child, the thread and the locks of the parent."""
+        if self._pid != os.getpid():
+            self._renew()
+
     # -- what there is -----------------------------------------------------------------------
 
     @property
@@ -141,6 +146,7 @@ class Watcher:
         Raises:
             TransferError: it was not there within ``timeout`` seconds.
         """
+        self._be_here()
         with self._first:
             if not self._first.wait_for(lambda: self._current is not None, timeout):
                 raise TransferError(
@@ -160,8 +166,7 @@ class Watcher:
         Raises:
             InvalidInput: it was started before.
         """
-        if self._pid != os.getpid():
-            self._renew()
+        self._be_here()
         if self._thread is not None or self._iterating:
             raise InvalidInput(f"{self._name}: the watcher was started already")
         if self._on_change is None:
@@ -237,6 +242,7 @@ class Watcher:
         Raises:
             StorageError: the store cannot be asked, or the model cannot be fetched.
         """
+        self._be_here()
         model = self._find()
         if model is not None:
             self._accept(model)
@@ -250,6 +256,7 @@ class Watcher:
         Raises:
             InvalidInput: the watcher was started, or is iterated over already.
         """
+        self._be_here()
         if self._thread is not None or self._iterating:
             raise InvalidInput(f"{self._name}: the watcher was started already")
         self._iterating = True

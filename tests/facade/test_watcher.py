@@ -820,6 +820,7 @@ if child == 0:
     name = "child"
     try:
         watcher.stop()  # it is the parent's
+        assert watcher.check() is None  # what the parent was told counts here, too
         mine = ModelWatcher(uri, change, interval=0.05).start()
         mine.wait(30)
         mine.stop()
