@@ -241,7 +241,7 @@ class StorageRuntime(Reporting):
         Args:
             url: the URI of the fleet, if the runtime was made without one; else it says nothing.
             json: ``client_id`` and ``name``, as scaleout's ``ClientOptions`` give them.
-            token: for stores that take one (GCS, Azure, the Hub, HTTP); else it is only kept.
+            token: for stores that take one (GCS, Azure, the Hub); else it is only kept.
             token_refresh_callback: never called, for nothing renews the token.
 
         Returns:
