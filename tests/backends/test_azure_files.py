@@ -25,6 +25,7 @@ from storage import (
     UnsupportedOperation,
 )
 from storage.addresses import azure_account, azure_host
+from storage.backends.azure import files
 from storage.backends.azure.files import AzureFilesBackend, open_backend
 from storage.backends.base import ByteRange, OpenOptions
 from storage.config import Settings
@@ -173,6 +174,18 @@ def test_an_sas_in_the_config_or_in_the_uri_is_used(
     assert "sig=" not in str(caught.value)
 
 
+def test_a_connection_string_of_the_environment_counts_for_its_account(
+    service: AzureFiles, client: StorageClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", service.connection_string)
+
+    assert client.list_objects(URI) == sorted(FILES)
+    other = parse_uri("https://otheraccount.file.core.windows.net/models")
+    assert files._endpoint(other, None, "otheraccount") == (
+        "https://otheraccount.file.core.windows.net"
+    )
+
+
 def test_a_token_goes_over_tls_only(service: AzureFiles, client: StorageClient) -> None:
     config = AzureConfig(ACCOUNT, token=TOKEN, endpoint_url=service.url)
 
@@ -249,17 +262,17 @@ def test_what_is_not_there_is_said(client: StorageClient, config: AzureConfig) -
 
 
 def test_a_file_that_changes_is_noticed(service: AzureFiles, config: AzureConfig) -> None:
-    files = backend(config)
-    info = files.stat("m/large.bin")
-    with files.read("m/large.bin", ByteRange(0, 9_000_000), info) as body:
+    share = backend(config)
+    info = share.stat("m/large.bin")
+    with share.read("m/large.bin", ByteRange(0, 9_000_000), info) as body:
         chunks = iter(body)
         assert bytes(next(chunks)) == LARGE[: 4 * 1024 * 1024]
         service.shares["models"]["m/large.bin"] = bytes(len(LARGE))
         with pytest.raises(ObjectChangedError):
             list(chunks)
     with pytest.raises(ObjectChangedError):
-        files.read("m/large.bin", ByteRange(0, 10), info)
-    files.close()
+        share.read("m/large.bin", ByteRange(0, 10), info)
+    share.close()
 
 
 def test_bytes_that_were_damaged_on_their_way_are_refused(
