@@ -15,7 +15,7 @@ import pytest
 
 from storage.backends.base import ByteRange
 from storage.backends.oci import layers as layers_module
-from storage.backends.oci.manifests import Manifest
+from storage.backends.oci.manifests import Manifest, parse_json
 from storage.config import OCIConfig
 from storage.digest import Digest
 from storage.errors import (
@@ -478,6 +478,30 @@ def test_nothing_can_be_written(push: Pusher) -> None:
             backend.delete(["config.json"])
         with pytest.raises(UnsupportedOperation):
             backend.sign("config.json", "GET", 60)
+
+
+def test_a_manifest_that_is_also_an_index_is_refused() -> None:
+    with pytest.raises(StorageError, match="also an index"):
+        parse_json(b'{"schemaVersion": 2, "manifests": [], "layers": []}', "oci://x/y")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {},
+        {"digest": "sha256:1", "size": 1},
+        {"digest": f"md5:{'0' * 32}", "size": 1},
+        {"digest": f"blake3:{'0' * 64}", "size": 1},
+        {"digest": f"sha256:{'0' * 64}", "size": -1},
+        {"digest": f"sha256:{'0' * 64}", "size": True},
+        {"digest": f"sha256:{'0' * 64}", "size": 1, "annotations": ["x"]},
+        "layer",
+    ],
+)
+def test_a_damaged_descriptor_is_told(layer: Any) -> None:
+    table = {"schemaVersion": 2, "layers": [layer]}
+    with pytest.raises(StorageError, match="descriptor"):
+        Manifest.parse(table, Digest("sha256", "0" * 64), "oci://x/y")
 
 
 def test_a_manifest_of_an_older_kind_is_told() -> None:

@@ -119,7 +119,7 @@ class Layer:
     def diff_id(self) -> Digest | None:
         """The digest of the decompressed tar, if an annotation tells it."""
         try:
-            return Digest.parse(self.annotations[_CONTENT_DIGEST])
+            return _registry_digest(self.annotations[_CONTENT_DIGEST])
         except (KeyError, InvalidInput):
             return None
 
@@ -189,6 +189,9 @@ def parse_json(data: bytes, where: str) -> Mapping[str, Any]:
         table = json.loads(data)
     if not isinstance(table, dict):
         raise StorageError(f"{where}: what the registry gave for a manifest or config is none")
+    if "manifests" in table and {"layers", "config"} & table.keys():
+        # Two programs would see two different things in it (CVE-2021-41190).
+        raise StorageError(f"{where}: a manifest that is also an index was refused")
     return table
 
 
@@ -206,12 +209,18 @@ def check_digest(data: bytes, digest: Digest, where: str, what: str) -> None:
         )
 
 
+def _registry_digest(text: Any) -> Digest:
+    """Read a digest as registries use it."""
+    digest = Digest.parse(str(text))
+    if digest.algorithm not in ("sha256", "sha512"):
+        raise InvalidInput(f"the algorithm {digest.algorithm} is none of a registry")
+    return digest
+
+
 def _descriptor(table: Any, where: str) -> Layer:
     try:
-        digest, size = Digest.parse(table["digest"]), table["size"]
+        digest, size = _registry_digest(table["digest"]), table["size"]
         annotations = table.get("annotations") or {}
-        if digest.algorithm not in ("sha256", "sha512"):
-            raise InvalidInput(f"the algorithm {digest.algorithm} is none of a registry")
         if type(size) is not int or not 0 <= size < _MAX_SIZE or not isinstance(annotations, dict):
             raise InvalidInput("size or annotations are of the wrong type")
         texts = {str(name): str(value) for name, value in annotations.items()}
@@ -237,7 +246,7 @@ def read_diff_ids(config: Mapping[str, Any], count: int, where: str) -> tuple[Di
             f"has {count}; one of the two is not of this image"
         )
     try:
-        return tuple(Digest.parse(text) for text in texts)
+        return tuple(map(_registry_digest, texts))
     except (InvalidInput, AttributeError, TypeError) as exc:
         raise IntegrityError(f"{where}: a digest in the image's config is none") from exc
 
