@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import stat
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -401,3 +402,14 @@ def test_where_credentials_may_go(scheme: str, realm: str, allowed: bool) -> Non
     config = OCIConfig(USER, PASSWORD, plain_http=scheme == "http")
     session = RegistrySession("registry.example", "a/b", config, OpenOptions())
     assert session._may_have_secrets(realm) is allowed
+
+
+def test_without_the_package_the_extra_is_named(
+    public: Pusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "oras.provider", None)
+    with (
+        opened(public.uri(":v1")) as backend,
+        pytest.raises(ConfigurationError, match=r'pip install "modelstorage\[oci\]"'),
+    ):
+        list(backend.list())
