@@ -25,7 +25,8 @@ LIMIT = 60.0
 KSERVE_STORAGE = Release("kserve-storage==0.21.0")
 """The library of KServe's image; the few lines of its entry point are in ``inside``."""
 
-# What a client may do without, which is looked for on machines of a cloud.
+# What a client may do without, which is looked for on machines of a cloud; and no long waits
+# between attempts at what never works.
 _ALWAYS = {
     "AWS_EC2_METADATA_DISABLED": "true",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -33,6 +34,8 @@ _ALWAYS = {
     "LANG": "C.UTF-8",
     "NO_GCE_CHECK": "true",
     "PATH": os.defpath,
+    "STORAGE_TRANSFER__RETRY_WAIT": "0.05",
+    "STORAGE_TRANSFER__THROTTLE_WAIT": "0.05",
 }
 # What the clients of Hubs and of git keep beside the files.
 _NOTES = re.compile(r"\.cache/huggingface/|\.git/|\.ms(?:c|v)$|\._+temp/")

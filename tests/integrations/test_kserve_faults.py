@@ -97,6 +97,13 @@ def test_the_old_program_is_shown_to_have_the_fault(fault: str) -> None:
         assert isinstance(cases[name].old, Wrong), name
 
 
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let attempts follow one another at once."""
+    for wait in ("RETRY_WAIT", "THROTTLE_WAIT"):
+        monkeypatch.setenv(f"STORAGE_TRANSFER__{wait}", "0.05")
+
+
 @pytest.fixture
 def dest(tmp_path: Path) -> Path:
     """A destination that is not there yet."""
