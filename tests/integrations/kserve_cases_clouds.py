@@ -56,6 +56,10 @@ GCS = [
 AZURE = [
     Case("azure-tree", "azure", MODEL, MODEL),
     Case("azure-tree-with-a-slash", "azure", MODEL, MODEL, ("$root/", "$dest")),
+    Case("azure-host-with-a-zone", "azure", MODEL, MODEL, ("$zone?$sas", "$dest"),
+         {"AZURE_STORAGE_ACCESS_KEY": None}),
+    Case("azure-host-with-a-zone-by-key", "azure", MODEL, MODEL, ("$zone", "$dest"),
+         old=Wrong("its SDK sees no account in such a host")),
     Case("azure-exact-blob", "azure", MODEL, {"config.json": MODEL["config.json"]},
          ("$root/config.json", "$dest")),
     Case("azure-exact-blob-before-a-tree", "azure", {"m": b"1", "m/x": b"2"}, {"m": b"1"},

@@ -21,6 +21,8 @@ HUB = [
          ("$root:$commit", "$dest")),
     Case("hf-pull-request", "hf", {**MODEL, "v1:old.bin": b"1"}, {"old.bin": b"1"},
          ("$root:refs/pr/1", "$dest"), old=Wrong("the slashes are taken for the path's")),
+    Case("hf-folder-of-a-model", "hf", MODEL, {"part-1.bin": MODEL["weights/part-1.bin"]},
+         ("$root/weights", "$dest"), old=Wrong("two parts are demanded")),
     Case("hf-without-an-owner", "hf_short", MODEL, MODEL, old=Wrong("two parts are demanded")),
     Case("hf-missing", "hf", MODEL, Failed("nothing"), ("hf://owner/nothing", "$dest")),
     Case("hf-missing-revision", "hf", MODEL, Failed("v9"), ("$root:v9", "$dest")),

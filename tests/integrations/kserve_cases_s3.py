@@ -40,6 +40,7 @@ KEYS = [
     Case("s3-slash-forces-the-tree", "literal", {"m": b"1", "m/x": b"2"}, {"x": b"2"},
          ("$root/m/", "$dest")),
     Case("s3-whole-bucket", "bucket", MODEL, MODEL),
+    Case("s3-bucket-with-dots", "dotted", MODEL, MODEL),
     Case("s3-whole-bucket-with-a-slash", "bucket", MODEL, MODEL, ("$root/", "$dest")),
     Case("s3-sibling-prefix", "s3", SIBLINGS, {"a.bin": b"1"}, ("$root/iris", "$dest"),
          old=Wrong("siblings are fetched too",

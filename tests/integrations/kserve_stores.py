@@ -73,6 +73,11 @@ class Stores(Repositories):
         self._stack.enter_context(self.seaweedfs.bucket(name))
         return self._objects(self.seaweedfs, name, "", files)
 
+    def _dotted(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
+        bucket = f"{name}.models.example"
+        self._stack.enter_context(self.moto.bucket(bucket))
+        return self._objects(self.moto, bucket, "m", files)
+
     def _literal(self, name: str, files: Files, claims: Sequence[Path]) -> Place:
         """Use an S3 server that keeps every key as it is, and looks at no signature."""
         self._once("moto", lambda: self._stack.enter_context(self.moto.bucket(BUCKET)))
@@ -251,8 +256,10 @@ class Stores(Repositories):
         for path, content in files.items():
             assert isinstance(content, bytes)
             server.put_raw(container, f"{prefix}/{path}".lstrip("/"), content)
-        front = self._front(f"{server.port}-tls", server.endpoint)
-        proxy = self._proxy(f"{server.port}-proxy", {ACCOUNT_HOST: (HOST, front.port)})
+        zone = f"{server.main.name}.z12.blob.storage.azure.net"
+        front = self._front(f"{server.port}-tls", server.endpoint, zone)
+        where = (HOST, front.port)
+        proxy = self._proxy(f"{server.port}-proxy", {ACCOUNT_HOST: where, zone: where})
         environment = {
             "AZURE_STORAGE_ACCESS_KEY": server.main.key,
             "HTTPS_PROXY": proxy.url,
@@ -263,6 +270,7 @@ class Stores(Repositories):
             "ca": str(front.ca_file),
             "container": f"https://{ACCOUNT_HOST}/{container}",
             "sas": server.sas("rl"),
+            "zone": f"https://{zone}/{container}/{prefix}",
             "other_key": server.other.key,
         }
         root = f"https://{ACCOUNT_HOST}/{container}/{prefix}".rstrip("/")
