@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import tomllib
@@ -31,6 +32,7 @@ from tests.integrations.kserve_support import (
     variables_of,
 )
 from tests.servers import NginxHTTP, OddHTTP, Reply, Request, SeaweedFS, small_disk
+from tests.servers.git_http import GitHTTP
 
 
 @pytest.fixture
@@ -281,6 +283,39 @@ def test_a_destination_inside_of_its_source_is_refused(
     assert (tmp_path / "model.bin").read_bytes() == b"1"
 
 
+def test_a_file_is_not_replaced_by_a_link_to_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.bin").write_bytes(b"1")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model").mkdir()
+    (tmp_path / "model" / "model" / "a").write_bytes(b"1")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "model.bin").symlink_to(tmp_path / "model.bin")
+
+    assert main([str(tmp_path / "model.bin"), str(tmp_path)]) == 0
+    assert main([str(tmp_path / "model"), str(tmp_path)]) == 1
+    assert main([str(tmp_path / "links"), str(tmp_path)]) == 1
+    assert "would be lost" in capsys.readouterr().err
+    expected = {"model.bin": b"1", "model/model/a": b"1", "links/model.bin": b"1"}
+    assert tree(tmp_path) == expected
+
+
+@pytest.mark.parametrize("patterns", ["", "*"])
+def test_what_is_noted_of_a_claim_is_not_linked(
+    patterns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = tmp_path / "claim"
+    (claim / f".modelstorage.{'0' * 16}").mkdir(parents=True)
+    (claim / f".modelstorage.{'0' * 16}" / "model").write_bytes(b"half")
+    (claim / ".modelstorage").write_text("{}")
+    (claim / "model.bin").write_bytes(b"1")
+    monkeypatch.setenv("STORAGE_ALLOW_PATTERNS", patterns)
+
+    assert main([str(claim), str(tmp_path / "d")]) == 0
+    assert os.listdir(tmp_path / "d") == ["model.bin"]
+
+
 def _zip() -> bytes:
     written = BytesIO()
     with zipfile.ZipFile(written, "w") as archive:
@@ -485,6 +520,20 @@ def test_a_store_that_says_nothing_does_not_hold_up_a_signal(
     assert child.returncode == 128 + number
     assert err == "storage-initializer: terminated\n"
     assert os.listdir(tmp_path) == []
+
+
+def test_where_only_the_volume_can_be_written_temporary_files_are_there(
+    git_server: GitHTTP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git_server.create("m")
+    git_server.commit("m", MODEL)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+
+    assert main([git_server.uri("m"), str(tmp_path / "d")]) == 0
+    assert tree(tmp_path / "d") == MODEL
+    assert sorted(os.listdir(tmp_path / "d")) == ["config.json", "empty", "weights"]
+    assert tempfile.tempdir is None
 
 
 def test_two_at_once_agree(model: str, tmp_path: Path) -> None:

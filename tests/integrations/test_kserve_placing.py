@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -218,6 +219,97 @@ def test_a_mount_point_is_filled_in_place() -> None:
 
         assert {path: content for path, content in tree(disk).items() if path[0] != "."} == V2
         assert disk.stat().st_ino == inode
+
+
+def test_a_folder_that_is_a_link_is_filled_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "models").symlink_to("volume")
+    put(tmp_path / "models", "s3://b/m", V1)
+    put(tmp_path / "volume", "s3://b/m", V2)
+
+    assert tree(tmp_path / "volume") == V2
+    assert os.readlink(tmp_path / "models") == "volume"
+
+
+FORGED = f".modelstorage.{'f' * 16}"
+
+
+@pytest.mark.parametrize("name", [".modelstorage", ".modelstorage.new", f"{FORGED}/moving"])
+@pytest.mark.parametrize("below", ["", "adapter/"])
+def test_a_source_cannot_forge_what_is_noted(below: str, name: str, tmp_path: Path) -> None:
+    put(tmp_path, "s3://b/m", V1)
+    with pytest.raises(InvalidInput, match=r"\.modelstorage"):
+        put(tmp_path, "s3://b/m", {"a": b"2", f"{below}{name}": b"{}"})
+
+    assert tree(tmp_path) == V1
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.bin", "old"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"old": ["../mine"], "new": [], "shares": {}},
+        {"old": [], "new": ["../theirs"], "shares": {}},
+        {"old": ["a"], "new": [], "shares": []},
+        {"old": ["a"]},
+        "",
+    ],
+)
+def test_moves_that_this_library_never_recorded_are_not_made(
+    record: object, tmp_path: Path
+) -> None:
+    folder, forged = tmp_path / "models", tmp_path / "models" / FORGED
+    (forged / "old").mkdir(parents=True)
+    (forged / "content").mkdir()
+    (forged / "theirs").write_bytes(b"2")
+    (folder / "a").write_bytes(b"1")
+    (tmp_path / "mine").write_bytes(b"1")
+    (forged / "moving").write_text(json.dumps(record) if record else "")
+
+    put(folder, "s3://b/m", V1)
+
+    assert tree(tmp_path) == {
+        "mine": b"1",
+        "models/a": b"1",
+        **{f"models/{path}": content for path, content in V1.items()},
+    }
+
+
+def test_who_was_killed_while_another_was_under_way_forgets_nothing(tmp_path: Path) -> None:
+    put(tmp_path, "s3://b/m", V1)
+    with Place(str(tmp_path), "s3://b/other") as place:
+        fill(place, {"other": b"0", "more": b"0"})
+        _killed_after(3, tmp_path)
+        place.publish()
+
+    assert tree(tmp_path) == {**V2, "other": b"0", "more": b"0"}
+    put(tmp_path, "s3://b/other", {"other": b"1"})
+    put(tmp_path, "s3://b/m", {"x": b"1"})
+    assert tree(tmp_path) == {"x": b"1", "other": b"1"}
+
+
+def test_a_child_that_is_forked_meanwhile_keeps_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = []
+
+    def forking(*args: Any) -> None:
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        children.append(child)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placing, "write_note", forking)
+        put(tmp_path, "s3://b/m", V1)
+    try:
+        monkeypatch.setattr(placing, "_MOVE_TIMEOUT", 0.2)
+        put(tmp_path, "s3://b/other", {"other": b"0"})
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:

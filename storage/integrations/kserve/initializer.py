@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE)
         return _FAILED
     try:
-        with _signals_raise(), _warnings_as_lines():
+        with _signals_raise(), _warnings_as_lines(), _room(arguments[1]):
             from storage.integrations.kserve.batch import bring_all
 
             _refuse_confidential()
@@ -82,6 +82,29 @@ def _refuse_confidential() -> None:
             "CONFIDENTIAL_ENABLED asks for a model to be decrypted with an enclave's key, which "
             "this initializer cannot do; use KServe's image for it, or unset the variable"
         )
+
+
+@contextlib.contextmanager
+def _room(folder: str) -> Iterator[None]:
+    """Let temporary files be in ``folder``, hidden, if there is no other place for them.
+
+    Layers of images and packs of git need some; where the root file system is read-only there is
+    the volume alone.
+    """
+    import tempfile
+
+    with contextlib.ExitStack() as held:
+        try:
+            tempfile.gettempdir()
+        except FileNotFoundError:
+            from storage.integrations.kserve.placing import Place
+
+            # What cannot be written is said by whoever needs it.
+            with contextlib.suppress(StorageError):
+                place = held.enter_context(Place(folder, f"temporary files {os.urandom(8).hex()}"))
+                tempfile.tempdir = place.path("")
+                held.callback(setattr, tempfile, "tempdir", None)
+        yield
 
 
 class _Watch:

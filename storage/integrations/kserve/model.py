@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ from storage.files import shown, translate_os_errors
 from storage.integrations.kserve.authorities import Authorities
 from storage.integrations.kserve.environment import Environment
 from storage.integrations.kserve.hdfs import hdfs_source
+from storage.integrations.kserve.notes import is_reserved
 from storage.integrations.kserve.placing import Place
 from storage.transfer.plan import Patterns, make_plan
 from storage.transfer.progress import Meter
@@ -56,8 +57,8 @@ _FILE = "file://"
 _ARCHIVE = re.compile(r"\.(?:tar(?:\.(?:gz|bz2|xz))?|tgz|taz|tz|tbz2?|txz|zip)$", re.IGNORECASE)
 # Repositories are brought as they are.
 _UNPACKED = ("s3", "gs", "azure", "http", "hdfs", "webhdfs")
-# Of the root of a volume, or of a mounted config map; no part of a model.
-_NOT_MODEL = re.compile(r"lost\+found|\.\..*")
+# Of the root of a volume, or of a mounted config map.
+_OF_VOLUME = re.compile(r"lost\+found|\.\..*")
 
 _DIGEST = re.compile(r"(?:sha256|blake3)=[0-9a-fA-F]{64}")
 
@@ -111,8 +112,8 @@ def bring(wish: Wish, environment: Environment) -> str:
     if _is_within(wish.uri, CLAIMS_FOLDER):
         raise ModelMissingError(
             wish.uri,
-            f"{wish.uri} is not there: expected a file or folder of the claim that is mounted at "
-            f"{CLAIMS_FOLDER}; check the path, and that the claim is mounted",
+            f"{shown(wish.uri)} is not there: expected a file or folder of the claim that is "
+            f"mounted at {CLAIMS_FOLDER}; check the path, and that the claim is mounted",
         )
     with ExitStack() as held:
         uri, nodes = hdfs_source(wish.uri, environment, held) or (wish.uri, None)
@@ -155,8 +156,8 @@ def _on_this_machine(uri: str) -> str | None:
     if path is not None and not os.path.exists(path):
         raise ModelMissingError(
             path,
-            f"{shown(path)} is not there: expected a file or folder of this machine; check the "
-            "path, and that its volume is mounted",
+            f"{shown(path or uri)} is not there: expected a file or folder of this machine; check "
+            "the path, and that its volume is mounted",
         )
     return path
 
@@ -210,6 +211,9 @@ def _link(wish: Wish, path: str) -> str:
             "one elsewhere"
         )
     names = _linked(source, wish.patterns)
+    if os.path.isfile(real) and real == os.path.join(target, os.path.basename(source)):
+        return wish.folder
+    _refuse_own(names, target)
     with wish.place(_identity(wish.uri), wish.folder) as place:
         with translate_os_errors(wish.folder):
             os.mkdir(place.content)
@@ -229,6 +233,22 @@ def _link(wish: Wish, path: str) -> str:
     return wish.folder
 
 
+def _refuse_own(names: Mapping[str, str], target: str) -> None:
+    """Refuse to put a link where the very file or folder is that it would lead to."""
+    for name, origin in names.items():
+        place, real = os.path.join(target, name), os.path.realpath(origin)
+        if real == place or real.startswith(os.path.join(place, "")):
+            raise InvalidInput(
+                f"{shown(origin)} is {shown(real)}, and the destination has a place for it where "
+                "that would be lost; choose a destination elsewhere"
+            )
+
+
+def _is_model(name: str) -> bool:
+    """Tell whether what has this name at the top of a folder is a part of a model."""
+    return not _OF_VOLUME.fullmatch(name) and not is_reserved(name)
+
+
 def _linked(source: str, patterns: Patterns) -> dict[str, str]:
     """Return what is linked to: absolute paths, by the name of the link.
 
@@ -242,9 +262,7 @@ def _linked(source: str, patterns: Patterns) -> dict[str, str]:
     with translate_os_errors(source):
         if not patterns.active:
             names = sorted(os.listdir(source))
-            found = {
-                name: os.path.join(source, name) for name in names if not _NOT_MODEL.fullmatch(name)
-            }
+            found = {name: os.path.join(source, name) for name in names if _is_model(name)}
         else:
             for path, place in _files(source):
                 total += 1
@@ -266,13 +284,16 @@ def _files(source: str) -> Iterator[tuple[str, str]]:
     for folder, folders, names in os.walk(source, onerror=fail, followlinks=True):
         base = os.path.relpath(folder, source)
         if base == ".":
-            folders[:] = [name for name in folders if not _NOT_MODEL.fullmatch(name)]
+            folders[:] = filter(_is_model, folders)
+        folders[:] = [name for name in folders if not is_reserved(name)]
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(folder, name))
             if os.path.islink(os.path.join(folder, name)) and real in seen:
                 folders.remove(name)
             seen.add(real)
         for name in sorted(names):
+            if is_reserved(name):
+                continue
             yield os.path.normpath(os.path.join(base, name)), os.path.join(folder, name)
 
 
@@ -283,11 +304,14 @@ class _Planned(Download):
     """A download of what a plan says that has been made already."""
 
     plan: Plan | None = None
+    latest: Plan | None = None
+    """What the last attempt was about."""
 
     def ask(self, location: Location) -> Plan:
         """Return the plan, and for each further attempt a new one."""
         plan, self.plan = self.plan, None
-        return super().ask(location) if plan is None else plan
+        self.latest = super().ask(location) if plan is None else plan
+        return self.latest
 
 
 class _Source:
@@ -409,6 +433,8 @@ class _Source:
                     os.mkdir(place.content)
                     name = job.location.name if plan is None else plan.files[0].path
                     os.rename(path, os.path.join(place.content, name))
+            if plan is None or job.latest is None or _pins(job.latest) != _pins(plan):
+                mark = None  # the source changed meanwhile
             place.publish(mark, durable=job.durable)
         return folder
 
@@ -418,6 +444,10 @@ class _Source:
         for _ in plan.files:
             meter.add_object()
         meter.finish()
+
+
+def _pins(plan: Plan) -> list[object]:
+    return [(file.info.size, file.info.pin) for file in plan.files]
 
 
 def _is_usable(folder: str) -> bool:

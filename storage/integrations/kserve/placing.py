@@ -19,45 +19,42 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
 from storage import files
 from storage.errors import InvalidInput, ObjectExistsError
 from storage.files import shown, translate_os_errors
+from storage.integrations.kserve.notes import (
+    NEW_NOTE,
+    Share,
+    has_note,
+    is_below,
+    is_real_folder,
+    is_reserved,
+    read_note,
+    read_shares,
+    state_of,
+    write_note,
+)
 from storage.transfer.trees import lock_folder
 
 __all__ = ["Place", "abandon"]
 
-_XATTR = "user.modelstorage.sources"
-_NOTE = ".modelstorage"
-_NEW_NOTE = f"{_NOTE}.new"
 _STAGING = re.compile(r"\.modelstorage\.[0-9a-f]{16}")
 # What a download leaves for the next one to go on with.
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
 _CONTENT, _OLD, _MOVING = "content", "old", "moving"
 # Seconds; moving the entries takes a fraction of one.
 _MOVE_TIMEOUT = 60.0
+_log = logging.getLogger(__name__)
 # Staging folders in use by this process.
 _in_use: set[str] = set()
-
-
-@dataclass
-class _Share:
-    """What one source has put into the folder."""
-
-    paths: list[str] = field(default_factory=list)
-    """Files and folders that are its own, relative; a folder with all in it."""
-
-    plan: str | None = None
-    """Fingerprint of the source's content, if it has one."""
-
-    state: str | None = None
-    """Fingerprint of what was put there."""
 
 
 class Place:
@@ -84,7 +81,7 @@ class Place:
             only: all sources that the folder is to have; what was noted of others goes. ``None``:
                 there may be any.
         """
-        self.folder = os.path.abspath(folder)
+        self.folder = os.path.realpath(folder)  # it may be a link
         self.key = _key(source)
         self._beside = {_key(other) for other in beside}
         self._only = None if only is None else {self.key, *map(_key, only)}
@@ -142,14 +139,14 @@ class Place:
                     if os.path.samestat(os.fstat(descriptor), os.stat(self._staging)):
                         return descriptor
             except BaseException:
-                os.close(descriptor)
+                _unlock(descriptor)
                 raise
-            os.close(descriptor)
+            _unlock(descriptor)
 
     def _settle(self) -> None:
         """Finish the moves of killed processes, and remove what they left; not what lives."""
         self._finish(self._staging)
-        files.remove(os.path.join(self.folder, _NEW_NOTE))
+        files.remove(os.path.join(self.folder, NEW_NOTE))
         for name in filter(_STAGING.fullmatch, os.listdir(self.folder)):
             path = os.path.join(self.folder, name)
             if path == self._staging:
@@ -165,7 +162,7 @@ class Place:
                     with contextlib.suppress(OSError):
                         files.remove(path)
             finally:
-                os.close(descriptor)
+                _unlock(descriptor)
 
     def _tidy(self) -> None:
         """Remove what is in the staging folder but for what can be gone on with."""
@@ -185,7 +182,7 @@ class Place:
                     os.rmdir(self._staging)
         finally:
             _in_use.discard(self._staging)
-            os.close(descriptor)
+            _unlock(descriptor)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -195,7 +192,7 @@ class Place:
             lock_folder(descriptor, self.folder, _MOVE_TIMEOUT)
             yield
         finally:
-            os.close(descriptor)
+            _unlock(descriptor)
 
     # -- publishing --------------------------------------------------------------------------
 
@@ -205,12 +202,12 @@ class Place:
         Args:
             plan: fingerprint of the source's content; ``None`` if it has none.
         """
-        shares = self._read_note()
+        shares = read_note(self.folder)
         share = shares.get(self.key)
         if self._stale(shares) or share is None or plan is None or share.plan != plan:
             return False
         with contextlib.suppress(OSError):
-            return share.state == _state(self.folder, share.paths)
+            return share.state == state_of(self.folder, share.paths)
         return False
 
     def publish(self, plan: str | None = None, *, durable: bool = False) -> None:
@@ -224,16 +221,20 @@ class Place:
             durable: whether the moves are forced to the disk; what is in the files has been.
 
         Raises:
-            InvalidInput: a file of another source of the same call has the same path.
+            InvalidInput: a file of another source of the same call has the same path, or one has
+                a name by which this library keeps account of folders.
             ObjectExistsError: a file is where a folder should go, or the other way round.
             DestinationError: the file system refuses.
         """
         with translate_os_errors(self.folder), self._alone():
-            shares = self._read_note()
+            _refuse_reserved(self.content)
+            # Who was killed since this one began noted nothing of what is done here.
+            self._settle()
+            shares = read_note(self.folder)
             leaving = {self.key, *self._stale(shares)}
             moves = _Moves(self.folder, self.content, shares, leaving, self._beside)
-            moves.shares[self.key] = _Share(
-                moves.new, plan, _state(self.content, moves.new) if plan else None
+            moves.shares[self.key] = Share(
+                moves.new, plan, state_of(self.content, moves.new) if plan else None
             )
             os.mkdir(self.path(_OLD))
             record = {
@@ -243,6 +244,8 @@ class Place:
             }
             with open(self.path(f"{_MOVING}.new"), "w", encoding="ascii") as file:
                 json.dump(record, file)
+                file.flush()
+                os.fsync(file.fileno())  # half of it would be as good as none
             os.rename(self.path(f"{_MOVING}.new"), self.path(_MOVING))
             try:
                 self._finish(self._staging)
@@ -261,22 +264,21 @@ class Place:
     def _finish(self, staging: str) -> None:
         """Do what the record of moves in a staging folder says, or what is left of it."""
         record = os.path.join(staging, _MOVING)
-        try:
-            with open(record, encoding="ascii") as file:
-                moves = json.load(file)
-        except FileNotFoundError:
+        found = _read_moves(record)
+        if found is None:
             return
-        for index, path in enumerate(moves["old"]):
+        old, new, shares = found
+        for index, path in enumerate(old):
             place, kept = os.path.join(self.folder, path), os.path.join(staging, _OLD, str(index))
             if os.path.lexists(place) and not os.path.lexists(kept):
                 os.rename(place, kept)
-        for path in moves["new"]:
+        for path in new:
             source = os.path.join(staging, _CONTENT, path)
             if os.path.lexists(source):
                 os.rename(source, os.path.join(self.folder, path))
-        for path in moves["old"]:
+        for path in old:
             self._remove_empty(os.path.dirname(path))
-        self._write_note({key: _Share(**share) for key, share in moves["shares"].items()})
+        write_note(self.folder, shares)
         os.unlink(record)
 
     def _remove_empty(self, path: str) -> None:
@@ -288,41 +290,6 @@ class Place:
                 if exc.errno not in (errno.ENOENT, errno.ENOTDIR):
                     return
             path = os.path.dirname(path)
-
-    # -- the note ----------------------------------------------------------------------------
-
-    def _read_note(self) -> dict[str, _Share]:
-        try:
-            text = os.getxattr(self.folder, _XATTR)
-        except OSError:
-            try:
-                with open(os.path.join(self.folder, _NOTE), "rb") as file:
-                    text = file.read()
-            except OSError:
-                return {}
-        try:
-            shares = {str(key): _Share(**share) for key, share in json.loads(text).items()}
-        except (ValueError, TypeError, AttributeError):
-            return {}  # it was damaged, or is somebody else's; then nothing is ours
-        for share in shares.values():
-            share.paths = [path for path in share.paths if _is_below(path)]
-        return shares
-
-    def _write_note(self, shares: dict[str, _Share]) -> None:
-        text = json.dumps({key: asdict(share) for key, share in shares.items()}).encode()
-        note = os.path.join(self.folder, _NOTE)
-        try:
-            os.setxattr(self.folder, _XATTR, text)
-        except OSError:  # none on this file system, or it is too long for one
-            fresh = os.path.join(self.folder, _NEW_NOTE)
-            with open(fresh, "wb") as file:
-                file.write(text)
-            os.rename(fresh, note)
-            with contextlib.suppress(OSError):
-                os.removexattr(self.folder, _XATTR)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(note)
 
 
 def abandon() -> None:
@@ -349,17 +316,17 @@ class _Moves:
         self,
         folder: str,
         content: str,
-        shares: dict[str, _Share],
+        shares: dict[str, Share],
         leaving: Collection[str],
         beside: Collection[str],
     ) -> None:
         self._folder, self._content, self._beside = folder, content, beside
-        gone = {path for key in leaving for path in self._taken(shares.pop(key, _Share()))}
+        gone = {path for key in leaving for path in self._taken(shares.pop(key, Share()))}
         while True:
             self.old: list[str] = []
             self.new: list[str] = []
             self.shares = {
-                other: _Share(list(share.paths), share.plan, share.state)
+                other: Share(list(share.paths), share.plan, share.state)
                 for other, share in shares.items()
             }
             self._gone, self._displaced = gone, set[str]()
@@ -373,7 +340,7 @@ class _Moves:
         present = (path for path in sorted(gone) if os.path.lexists(os.path.join(folder, path)))
         self.old = [*present, *self.old]
 
-    def _taken(self, share: _Share) -> Iterator[str]:
+    def _taken(self, share: Share) -> Iterator[str]:
         """Yield what goes with a share; a folder in it that has sources of its own does not."""
         for path in share.paths:
             yield from _around_places(self._folder, path)
@@ -383,7 +350,7 @@ class _Moves:
         if not os.path.lexists(here) or path in self._gone:
             self.new.append(path)
             return
-        if _is_real_folder(here) and _is_real_folder(there):
+        if is_real_folder(here) and is_real_folder(there):
             self._share_folder(path, os.listdir(here))
             for name in sorted(os.listdir(there)):
                 self._visit(os.path.join(path, name))
@@ -396,9 +363,9 @@ class _Moves:
             )
         if owner is not None:
             self._displaced.add(owner)
-        elif _is_real_folder(here) or _is_real_folder(there):
+        elif is_real_folder(here) or is_real_folder(there):
             raise ObjectExistsError(
-                f"{shown(here)} is {'a folder' if _is_real_folder(here) else 'no folder'}, and the "
+                f"{shown(here)} is {'a folder' if is_real_folder(here) else 'no folder'}, and the "
                 "source has the opposite of that name; remove it, or name another destination"
             )
         else:
@@ -421,19 +388,11 @@ class _Moves:
 
 def _around_places(folder: str, path: str) -> Iterator[str]:
     place = os.path.join(folder, path)
-    if not _is_real_folder(place) or not any(_has_note(root) for root, _, _ in os.walk(place)):
+    if not is_real_folder(place) or not any(has_note(root) for root, _, _ in os.walk(place)):
         yield path
-    elif not _has_note(place):
+    elif not has_note(place):
         for name in os.listdir(place):
             yield from _around_places(folder, os.path.join(path, name))
-
-
-def _has_note(folder: str) -> bool:
-    try:
-        os.getxattr(folder, _XATTR)
-    except OSError:
-        return os.path.lexists(os.path.join(folder, _NOTE))
-    return True
 
 
 def _key(source: str) -> str:
@@ -444,6 +403,43 @@ def _patience() -> float:
     from storage.config.plain import current_settings
 
     return current_settings().cache_lock_timeout
+
+
+def _refuse_reserved(content: str) -> None:
+    """Refuse a source that would forge a note, or moves for the next process to finish."""
+    for root, folders, names in os.walk(content):
+        for name in filter(is_reserved, (*folders, *names)):
+            path = os.path.relpath(os.path.join(root, name), content)
+            raise InvalidInput(
+                f"the source has {shown(path)}, and by this name folders tell where their files "
+                "came from; remove it there, or leave it out by patterns"
+            )
+
+
+def _read_moves(record: str) -> tuple[list[str], list[str], dict[str, Share]] | None:
+    """Return what moves out, what moves in, and the note for then; ``None`` if there is no record.
+
+    One that cannot be read, or leads out of the folder, is none: it is not ours.
+    """
+    try:
+        with open(record, encoding="ascii") as file:
+            found = json.load(file)
+        old, new = list(found["old"]), list(found["new"])
+        if not all(map(is_below, (*old, *new))):
+            raise ValueError("paths that lead out")
+        return old, new, read_shares(found["shares"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as exc:
+        _log.warning("%s is no record of moves (%s), and is passed over", record, exc)
+        return None
+
+
+def _unlock(descriptor: int) -> None:
+    # Not by closing it alone: a child that was forked meanwhile has it, too.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _open_folder(path: str) -> int:
@@ -457,39 +453,3 @@ def _is_free(descriptor: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _is_real_folder(path: str) -> bool:
-    return os.path.isdir(path) and not os.path.islink(path)
-
-
-def _is_below(path: object) -> bool:
-    return isinstance(path, str) and path != "" and not {"", ".", ".."} & set(path.split("/"))
-
-
-def _state(folder: str, paths: Collection[str]) -> str:
-    """Return a hash of the names, sizes and times of all files at ``paths``.
-
-    What is in folders that have sources of their own does not count.
-
-    Raises:
-        OSError: one is not there.
-    """
-    lines = []
-
-    def note(path: str) -> None:
-        found = os.lstat(path)
-        name = os.path.relpath(path, folder)
-        lines.append(f"{name}\0{found.st_mode}\0{found.st_size}\0{found.st_mtime_ns}")
-
-    for path in paths:
-        place = os.path.join(folder, path)
-        if not _is_real_folder(place):
-            note(place)
-            continue
-        for root, folders, names in os.walk(place):
-            folders[:] = [name for name in folders if not _has_note(os.path.join(root, name))]
-            for name in (*names, *(each for each in folders if os.path.islink(f"{root}/{each}"))):
-                note(os.path.join(root, name))
-    text = "\n".join(sorted(lines))
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
