@@ -62,6 +62,7 @@ class Binding:
             ConfigurationError: another process works in the folder.
             DestinationError: it cannot be written to.
             InvalidInput: that cannot be the id of a client.
+            UnsupportedOperation: two clients could not be told apart on this store.
         """
         self.client_id = layout.check_client(client_id)
         folder = os.path.join(options.folder, client_id)
@@ -79,11 +80,11 @@ class Binding:
         try:
             self.outbox = Outbox(os.path.join(folder, "outbox"), durable=options.durable)
             self.presence = Presence(self.store, client_id, folder_id(folder), options.silence)
+            reports = ObjectStore(client, root.child(layout.REPORTS), config)
+            self.sender = Sender(self.spool, reports)
         except BaseException:
             self.spool.close()
             raise
-        reports = ObjectStore(client, root.child(layout.REPORTS), config)
-        self.sender = Sender(self.spool, reports)
         self.delivery = Delivery(self.outbox, self.store, self.models)
         self._is_sending = False
 

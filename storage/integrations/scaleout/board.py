@@ -47,6 +47,16 @@ class TaskHandle:
     client: str | None
     """Whom it is for; ``None`` for any one client."""
 
+    def __post_init__(self) -> None:
+        """Refuse what would name an object elsewhere.
+
+        Raises:
+            InvalidInput: no task has such an id, or no client.
+        """
+        layout.check_task(self.id)
+        if self.client is not None:
+            layout.check_client(self.client)
+
 
 @dataclass(frozen=True, slots=True)
 class ClientStatus:
@@ -144,14 +154,12 @@ class TaskBoard:
         request = Request.of(
             kind, model_id, params, name=name, session_id=session_id, round_id=round_id
         )
-        if client is not None:
-            layout.check_client(client)
+        task = TaskHandle(layout.new_task_id(), client)
         if model_id:
             layout.check_model(model_id)
         self._mark()
-        entry = TaskEntry(layout.new_task_id(), client)
-        self._store.create(entry.request, request.dumps())
-        return TaskHandle(entry.id, client)
+        self._store.create(TaskEntry(task.id, client).request, request.dumps())
+        return task
 
     def submit_to_all(
         self,

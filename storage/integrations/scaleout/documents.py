@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Self
 
-from storage.errors import InvalidInput
+from storage.errors import IntegrityError, InvalidInput, one_line
+from storage.integrations.scaleout import layout
 from storage.registry.documents import decode, encode, now, read_fields, read_time, write_time
 
 __all__ = [
@@ -153,6 +154,10 @@ class Claim:
     def parse(cls, data: bytes, where: str) -> Self:
         """Read the text of a claim at ``where``; raises as :meth:`Request.parse`."""
         fields = read_fields(decode(data, where), where, client=_TEXT, process=str, folder=str)
+        process = fields["process"]
+        if not layout.is_name(process):
+            # It becomes a part of a name, which must not lead anywhere else.
+            raise IntegrityError(f"{where}: {one_line(repr(process), 80)} is no name of a process")
         return cls(**fields)
 
 

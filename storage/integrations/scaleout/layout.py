@@ -38,9 +38,11 @@ __all__ = [
     "TaskEntry",
     "check_client",
     "check_model",
+    "check_task",
     "client_of",
     "clients_folder",
     "entries",
+    "is_name",
     "model_key",
     "new_task_id",
     "sign_of_life",
@@ -57,7 +59,7 @@ TASKS = "tasks/"
 _ONE = f"{TASKS}to/"
 _ANY = f"{TASKS}any/"
 _REQUEST, _ABORT, _RESULT = "request.json", "abort.json", "result.json"
-_CLAIM = re.compile(r"claims/([0-9]{4,})\.json")
+_CLAIM = re.compile(r"claims/((?!0000)[0-9]{4}|[1-9][0-9]{4})\.json")
 
 # Every store keeps such names as they are: Azure drops dots at the end, and a dot at the beginning
 # hides a file.
@@ -83,8 +85,27 @@ def check_model(model_id: object) -> str:
     return _check(model_id, "model")
 
 
+def check_task(task_id: object) -> str:
+    """Return the id of a task, which is a part of names.
+
+    Raises:
+        InvalidInput: no task can have it.
+    """
+    if not isinstance(task_id, str) or not _TASK.fullmatch(task_id):
+        raise InvalidInput(
+            f"{one_line(repr(task_id), 80)} cannot be the id of a task; expected one that submit() "
+            "returned"
+        )
+    return task_id
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a text can be a part of a name that every store keeps as it is."""
+    return _NAME.fullmatch(text) is not None
+
+
 def _check(name: object, what: str) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not is_name(name):
         raise InvalidInput(
             f"{one_line(repr(name), 80)} cannot be the id of a {what}: expected 1 to 200 of the "
             "letters A-Z and a-z, digits, '.', '_' and '-', without '.' or '-' at the beginning "
@@ -202,6 +223,8 @@ def _place_of(name: str) -> tuple[str | None, str, str] | None:
         rest = name.removeprefix(_ANY)
     elif name.startswith(_ONE):
         client, _, rest = name.removeprefix(_ONE).partition("/")
+        if not is_name(client):
+            return None
     else:
         return None
     task, _, part = rest.partition("/")

@@ -235,6 +235,9 @@ class Delivery:
                 _log.error("the outcome of task %s is set aside: %s", task, one_line(exc))
                 self._outbox.set_aside(task)
                 continue
+            except StorageError as exc:
+                refused = exc  # a disk that fails there may not fail elsewhere
+                continue
             try:
                 self._deliver(outcome)
             except TransferError:

@@ -88,7 +88,9 @@ class Polling:
                 self._failed("see above")
             else:
                 self._succeeded(time.monotonic() - begun)
-            self._stop.wait(max(0.0, self._wait() - (time.monotonic() - begun)))
+            took = time.monotonic() - begun
+            # A board on which a look takes long is not listed all the time.
+            self._stop.wait(max(took if self.is_reachable else 0.0, self._wait() - took))
 
     def _look(self) -> None:
         if not self._has_joined:

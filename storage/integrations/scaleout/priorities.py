@@ -7,7 +7,6 @@ and its ``priority`` decides whether its records wait for others to go with them
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from storage.integrations.scaleout.classes import Classes
@@ -30,13 +29,12 @@ _URGENT = 80
 
 
 class Priorities:
-    """The classes by name. Safe for many threads."""
+    """The classes by name. Safe for many threads: whatever changes them is one step of a dict."""
 
     def __init__(self, classes: Classes) -> None:
         """Begin with those of scaleout's own runtime."""
         order = classes.ClassOrder
         stale = classes.DecayPolicy(demote_after=(_STALE, _BACKLOG))
-        self._lock = threading.Lock()
         self._by_name: dict[str, Any] = {
             name: classes.PriorityClass(
                 name=name,
@@ -49,8 +47,7 @@ class Priorities:
 
     def all(self) -> list[Any]:
         """Return the classes."""
-        with self._lock:
-            return list(self._by_name.values())
+        return list(self._by_name.values())
 
     def add(self, cls: Any) -> None:
         """Add a class.
@@ -58,10 +55,8 @@ class Priorities:
         Raises:
             ValueError: there is one of that name.
         """
-        with self._lock:
-            if cls.name in self._by_name or cls.name == _DEFAULT:
-                raise ValueError(f"there is a priority class {cls.name!r} already")
-            self._by_name[cls.name] = cls
+        if cls.name == _DEFAULT or self._by_name.setdefault(cls.name, cls) is not cls:
+            raise ValueError(f"there is a priority class {cls.name!r} already")
 
     def remove(self, name: str) -> None:
         """Remove a class; records that name it are delivered all the same.
@@ -70,10 +65,9 @@ class Priorities:
             KeyError: there is none of that name.
             ValueError: it is the one of records whose class is unknown.
         """
-        with self._lock:
-            if name == _DEFAULT:
-                raise ValueError(f"the priority class {name!r} cannot be removed")
-            del self._by_name[name]
+        if name == _DEFAULT:
+            raise ValueError(f"the priority class {name!r} cannot be removed")
+        del self._by_name[name]
 
     def replace(self, cls: Any) -> None:
         """Replace the class of the same name.
@@ -82,15 +76,13 @@ class Priorities:
             KeyError: there is none of that name.
             ValueError: it is the one of records whose class is unknown.
         """
-        with self._lock:
-            if cls.name == _DEFAULT:
-                raise ValueError(f"the priority class {cls.name!r} cannot be replaced")
-            if cls.name not in self._by_name:
-                raise KeyError(cls.name)
-            self._by_name[cls.name] = cls
+        if cls.name == _DEFAULT:
+            raise ValueError(f"the priority class {cls.name!r} cannot be replaced")
+        if cls.name not in self._by_name:
+            raise KeyError(cls.name)
+        self._by_name[cls.name] = cls
 
     def is_urgent(self, name: str | None) -> bool:
         """Tell whether records of a class wait for no others."""
-        with self._lock:
-            found = self._by_name.get(name or "")
+        found = self._by_name.get(name or "")
         return found is not None and found.priority >= _URGENT

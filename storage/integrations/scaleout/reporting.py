@@ -13,6 +13,7 @@ from storage.errors import StorageError, one_line
 from storage.integrations.scaleout import records
 from storage.integrations.scaleout.classes import scaleout_classes
 from storage.integrations.scaleout.priorities import Priorities
+from storage.integrations.scaleout.processes import forget_in_child
 
 if TYPE_CHECKING:
     from storage.integrations.scaleout.binding import Binding
@@ -28,7 +29,16 @@ class Reporting(ABC):
     def __init__(self) -> None:
         """Prepare."""
         self._priorities: Priorities | None = None
-        self._making_priorities = threading.Lock()
+        self._lock = threading.RLock()
+        """Held while something is made that there is once."""
+        forget_in_child(self)
+
+    def forget(self) -> None:
+        """Give up what threads of the parent may hold; for the child of a fork.
+
+        What a child reports is refused: the folder is the parent's.
+        """
+        self._lock = threading.RLock()
 
     @abstractmethod
     def _bound(self) -> Binding:
@@ -159,7 +169,7 @@ class Reporting(ABC):
             binding = self._bound()
             binding.spool.append(make(self.get_current_task_id()))
             if self._classes_of_priority().is_urgent(priority):
-                binding.sender.wake()
+                binding.sender.hurry()
         except StorageError as exc:
             _log.error("a report is lost: %s", one_line(exc))
             return False
@@ -168,7 +178,7 @@ class Reporting(ABC):
     # -- priority classes --------------------------------------------------------------------
 
     def _classes_of_priority(self) -> Priorities:
-        with self._making_priorities:
+        with self._lock:
             if self._priorities is None:
                 self._priorities = Priorities(scaleout_classes())
             return self._priorities

@@ -29,8 +29,8 @@ from storage.integrations.scaleout.classes import scaleout_classes
 from storage.integrations.scaleout.handlers import Handlers
 from storage.integrations.scaleout.polling import Polling
 from storage.integrations.scaleout.presence import SILENCE
+from storage.integrations.scaleout.processes import ended_by_signal
 from storage.integrations.scaleout.reporting import Reporting
-from storage.integrations.scaleout.signals import ended_by_signal
 from storage.integrations.scaleout.tasks import CONCURRENCY, TaskRunner
 from storage.integrations.scaleout.tokens import access_token, with_token
 from storage.registry.objects import ObjectStore
@@ -103,9 +103,9 @@ class StorageRuntime(Reporting):
                 asked about those that are there.
             poll_interval: seconds between looks for tasks; by default what scaleout is told by
                 ``SCALEOUT_CLIENT_TASK_POLLING_INTERVAL`` (5).
-            heartbeat_interval: seconds between signs of life.
+            heartbeat_interval: seconds between signs of life, each given with a look.
             silence: seconds without one after which an earlier process of this client on another
-                machine counts as gone, and its tasks are done again here.
+                machine counts as gone, and its tasks are done again here; more than both.
             concurrency: tasks of the board that are done at the same time.
             patience: seconds for which a model is waited for while its store cannot be reached;
                 ``None`` for ever.
@@ -125,6 +125,11 @@ class StorageRuntime(Reporting):
                 raise InvalidInput(f"{name} is {value}; expected more than 0")
         if poll_interval is not None and poll_interval <= 0:
             raise InvalidInput(f"poll_interval is {poll_interval}; expected more than 0 seconds")
+        if silence <= max(heartbeat_interval, poll_interval or 0.0):
+            raise InvalidInput(
+                f"silence is {silence} s, so a client that is well would count as gone; expected "
+                "more than heartbeat_interval and poll_interval"
+            )
         super().__init__()
         self._location = None if uri is None else _location(uri)
         self._config = config
@@ -143,7 +148,6 @@ class StorageRuntime(Reporting):
         self._shutdown_timeout = shutdown_timeout
         self._client: Any = None
         self._token: str | None = None
-        self._lock = threading.RLock()
         self._binding: Binding | None = None
         self._runner: TaskRunner | None = None
         self._polling: Polling | None = None
@@ -188,6 +192,7 @@ class StorageRuntime(Reporting):
                 raise ConfigurationError(
                     "the runtime has no URI: give it one, or call connect_to_api with it"
                 )
+            classes = self._classes
             binding = Binding(
                 self._storage,
                 self._location,
@@ -201,13 +206,13 @@ class StorageRuntime(Reporting):
                 binding.presence,
                 Handlers(
                     self._client,
-                    self._classes,
+                    classes,
                     self.get_model_from_combiner,
                     self.send_status,
                     self._send_validation,
                 ),
                 binding.outbox,
-                self._classes,
+                classes,
                 concurrency=self._concurrency,
                 on_outcome=binding.delivery.wake,
             )

@@ -19,7 +19,6 @@ import os
 import random
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,6 +38,7 @@ from storage.errors import (
 )
 from storage.integrations.scaleout import batches
 from storage.integrations.scaleout.outgoing import Outgoing
+from storage.integrations.scaleout.processes import forget_in_child
 
 if TYPE_CHECKING:
     from storage.integrations.scaleout.batches import Batch
@@ -148,7 +148,7 @@ class Sender:
         self._aside_at = 0.0
         self._aside_delay = _ASIDE_WAIT
         self._aside = len(self._outgoing.aside())
-        _senders.add(self)
+        forget_in_child(self)
 
     # -- for the program ----------------------------------------------------------------------
 
@@ -469,14 +469,3 @@ def _is_refusal(exc: Exception) -> bool:
     if isinstance(exc, (TransientError, *_OF_THE_STORE)):
         return False
     return not isinstance(exc.__cause__, TransientError)
-
-
-_senders: weakref.WeakSet[Sender] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for sender in _senders:
-        sender.forget()
-
-
-os.register_at_fork(after_in_child=_after_fork)

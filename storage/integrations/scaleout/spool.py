@@ -27,7 +27,6 @@ import logging
 import os
 import secrets
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -42,6 +41,7 @@ from storage.errors import (
 )
 from storage.integrations.scaleout import batches, journal
 from storage.integrations.scaleout.journal import Header, MarkFile, SegmentWriter
+from storage.integrations.scaleout.processes import forget_in_child
 from storage.integrations.scaleout.records import TELEMETRY, Report
 from storage.transfer.lines import encode_line
 
@@ -130,7 +130,7 @@ class Spool:
             except BaseException:
                 self.close()
                 raise
-        _spools.add(self)
+        forget_in_child(self)
 
     # -- taking reports -----------------------------------------------------------------------
 
@@ -365,14 +365,3 @@ def _hold(path: str) -> int:
     with contextlib.suppress(OSError):  # for messages only, and the disk may be full
         os.pwrite(descriptor, b"%-20d" % os.getpid(), 0)
     return descriptor
-
-
-_spools: weakref.WeakSet[Spool] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for spool in _spools:
-        spool.forget()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -34,6 +34,7 @@ from storage.integrations.scaleout.handlers import Done, Handlers, answer
 from storage.integrations.scaleout.layout import TaskEntry
 from storage.integrations.scaleout.outbox import Outbox, Outcome
 from storage.integrations.scaleout.presence import Presence
+from storage.integrations.scaleout.processes import forget_in_child
 from storage.registry.objects import ObjectStore
 
 __all__ = ["CONCURRENCY", "TaskRunner"]
@@ -106,10 +107,12 @@ class TaskRunner:
         self._on_outcome = on_outcome
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        # Claims of other clients, and requests: they are there for good, and need no second look.
+        # Claims of others or that are damaged, and requests: they are there for good, and need no
+        # second look.
         self._foreign: set[tuple[str, int]] = set()
         self._requests: dict[str, Request] = {}
         self._stopping = threading.Event()
+        forget_in_child(self)
 
     # -- what others ask ---------------------------------------------------------------------
 
@@ -137,6 +140,10 @@ class TaskRunner:
         with task.lock:
             if task.interrupted:
                 raise self._classes.StoppedException(task.interrupted_reason)
+
+    def forget(self) -> None:
+        """Give up what threads of the parent may hold; for the child of a fork."""
+        self._lock = threading.Lock()
 
     def stop(self, timeout: float) -> bool:
         """Take no more tasks, tell those under way to stop, and wait for them.
@@ -171,19 +178,28 @@ class TaskRunner:
         found = sorted([*mine, *shared], key=lambda entry: entry.id)
         self._stop_aborted({entry.id: entry for entry in found})
         self._tell_of_own()
-        self._forget({entry.id for entry in found})
+        self._forget({entry.id for entry in found if not entry.has_ended})
         for entry in found:
             if self._stopping.is_set():
                 return
-            if entry.is_requested and not entry.has_ended:
-                self._consider(entry)
+            try:
+                if entry.is_requested and not entry.has_ended:
+                    self._consider(entry)
+            except (InvalidInput, IntegrityError, UnsupportedOperation) as exc:
+                # Whoever may write to the board must not be able to stop the others' tasks.
+                self._leave_alone(entry, exc)
 
-    def _forget(self, found: set[str]) -> None:
+    def _forget(self, but: set[str]) -> None:
         with self._lock:
-            self._foreign = {each for each in self._foreign if each[0] in found}
+            self._foreign = {each for each in self._foreign if each[0] in but}
             self._requests = {
-                task: request for task, request in self._requests.items() if task in found
+                task: request for task, request in self._requests.items() if task in but
             }
+
+    def _leave_alone(self, entry: TaskEntry, reason: StorageError) -> None:
+        _log.error("task %s is left alone: %s", entry.id, one_line(reason))
+        with self._lock:
+            self._foreign.add((entry.id, entry.claim))
 
     def _stop_aborted(self, found: dict[str, TaskEntry]) -> None:
         with self._lock:
@@ -239,14 +255,10 @@ class TaskRunner:
         data = self._store.read(name)
         if data is None:
             return False
-        claim = None
-        try:
-            claim = Claim.parse(data, self._store.where(name))
-        except (IntegrityError, UnsupportedOperation) as exc:
-            _log.error("task %s is left alone: %s", entry.id, one_line(exc))
-        if claim is not None and claim.client is None:
+        claim = Claim.parse(data, self._store.where(name))
+        if claim.client is None:
             return entry.is_aborted  # whoever stopped it did not come to write the result
-        if claim is None or claim.client != self._client_id:
+        if claim.client != self._client_id:
             with self._lock:
                 self._foreign.add((entry.id, entry.claim))
             return False
@@ -258,13 +270,14 @@ class TaskRunner:
             request = self._requests.get(entry.id)
         if request is not None:
             return request, None
-        data = self._store.read(entry.request)
-        if data is None:
-            return None, None
         try:
+            data = self._store.read(entry.request)
+            if data is None:
+                return None, None
             request = Request.parse(data, self._store.where(entry.request))
-        except (IntegrityError, UnsupportedOperation) as exc:
-            return None, one_line(exc)
+            self._message(entry, request)
+        except (IntegrityError, UnsupportedOperation, ValueError, RecursionError) as exc:
+            return None, one_line(exc)  # a message holds less than JSON does, half characters not
         with self._lock:
             self._requests[entry.id] = request
         return request, None
@@ -353,7 +366,9 @@ class TaskRunner:
         except self._classes.StoppedException as exc:
             ended, response = INTERRUPTED, {"msg": str(exc)}
         except (Exception, SystemExit) as exc:  # noqa: BLE001 -- a callback may raise anything
-            _log.warning("task %s failed: %s", running.entry.id, one_line(exc), exc_info=True)
+            # The causes of ours may tell more of a store than a log should hold.
+            trace = None if isinstance(exc, StorageError) else exc
+            _log.warning("task %s failed: %s", running.entry.id, one_line(exc), exc_info=trace)
             ended, response = FAILED, {"error": one_line(exc) or type(exc).__name__}
         result = Result(ended, response, self._client_id, running.started, datetime.now(UTC))
         own = running if running.is_own else None
