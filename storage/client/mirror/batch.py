@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -212,6 +213,10 @@ class _MirrorCopy(Copy):
     def _look(self, item: MirrorItem) -> tuple[Source | None, ItemOutcome | None]:
         """Return what was asked about the source, and the outcome if all is in place already."""
         if not (item.look or (item.info.size or 0) > LARGE_WRITE):
+            return None, None
+        path = self._backend.local_path(item.key)
+        if path is not None and self._ends.overwrite and os.path.islink(path):
+            # What it leads to may be replaced or removed while it stays.
             return None, None
         try:
             there = self._client.run_retried(self._backend.stat, item.key)

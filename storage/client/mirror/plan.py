@@ -110,11 +110,16 @@ class MirrorPlan:
 
     def find_folder(self) -> str | None:
         """Return a path that would have to be a file and a folder at once, if there is one."""
-        for (path,) in self._pages("SELECT path FROM wanted WHERE path > ?"):
+        for path in map(os.fsencode, self.paths()):
             parents = (path[:index] for index, byte in enumerate(path) if byte == 0x2F)
             if any(self._one("SELECT 1 FROM wanted WHERE path = ?", one) for one in parents):
                 return os.fsdecode(path)
         return None
+
+    def paths(self) -> Iterator[str]:
+        """Yield the paths of all that is wanted, in order."""
+        for (path,) in self._pages("SELECT path FROM wanted WHERE path > ?"):
+            yield os.fsdecode(path)
 
     def items(self) -> Iterator[MirrorItem]:
         """Yield all that is wanted, in order, with what is known of the destination."""

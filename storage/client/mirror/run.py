@@ -21,6 +21,7 @@ from storage import cancellation
 from storage.client.arguments import writable
 from storage.client.mirror.batch import Batch, Ends, ItemOutcome, copy_batch
 from storage.client.mirror.crew import TRIES, AnyExecutor, Crew, GoneError
+from storage.client.mirror.links import check_links
 from storage.client.mirror.options import MirrorFailure, MirrorOptions, MirrorResult
 from storage.client.mirror.plan import MirrorItem, MirrorPlan
 from storage.config.origin import origin_of
@@ -166,6 +167,12 @@ class _Mirror:
                 "there already; mirror with overwrite=True, or to another place"
             )
 
+        if self._options.delete and not (writes.list and writes.delete):
+            raise UnsupportedOperation(
+                f"{self._target}: {self._backend.name} cannot list objects or delete them; mirror "
+                "without delete"
+            )
+
         def wanted() -> bool:
             is_tree, found = resolve(self._origin, source)
             self._plan.list_wanted(self._items(is_tree, found), str(source))
@@ -181,6 +188,8 @@ class _Mirror:
             )
         if is_tree and writes.list:
             client.run_retried(self._list_present, where=str(self._target))
+        if is_tree:
+            self._check_links()
         # Of a tree it is the digest of the listing, and nothing that an object could have.
         digest = None if is_tree or self._expected is None else str(self._expected)
         self._ends = replace(self._ends, is_tree=is_tree, source=replace(source, digest=digest))
@@ -249,6 +258,18 @@ class _Mirror:
         if not is_tree:
             return f"/{source.key}", f"/{target.key}"
         return f"/{source.prefix}", f"/{target.prefix}"
+
+    def _check_links(self) -> None:
+        root = self._backend.local_path(self._target.key.rstrip("/"))
+        if root is None:
+            return
+        leftovers = (path for page in self._leftovers() for path in page)
+        check_links(
+            root,
+            self._plan.paths(),
+            leftovers if self._options.delete else (),
+            self._origin.local_path(self._source.key.rstrip("/")),
+        )
 
     def _batches(self, size: int) -> Iterator[Batch]:
         items: list[MirrorItem] = []
@@ -383,12 +404,16 @@ class _Mirror:
             )
 
     def _delete(self) -> None:
-        for page in self._plan.leftovers():
-            paths = [path for path in page if self._patterns.wants(path)]
+        for paths in self._leftovers():
             if paths and not self._options.dry_run:
                 keys = [self._target.child(path).key for path in paths]
                 self._client.run_retried(self._backend.delete, keys, where=str(self._target))
             self._deleted += len(paths)
+
+    def _leftovers(self) -> Iterator[list[str]]:
+        """Yield what only the destination has, and the patterns do not leave out."""
+        for page in self._plan.leftovers():
+            yield [path for path in page if self._patterns.wants(path)]
 
     def _describe_failures(self, objects: int) -> str:
         done = self._copied + self._skipped
