@@ -6,18 +6,10 @@ others need a server that takes notes, or misbehaves, and are tests of their own
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import logging
 import os
-import struct
-import subprocess
-import sys
-import tarfile
 import threading
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,9 +17,9 @@ import pytest
 from storage import AuthenticationError, IntegrityError, ModelMissingError, StorageError
 from storage.integrations.kserve import Storage
 from tests.backends.oci_support import Pusher
-from tests.integrations.kserve_case import Wrong, tar, zipped
+from tests.integrations.kserve_case import Wrong, tar
 from tests.integrations.kserve_cases import CASES
-from tests.integrations.kserve_side import REPOSITORY
+from tests.integrations.kserve_faults_support import command, lead_to, tree
 from tests.servers import (
     Azurite,
     CountingProxy,
@@ -37,14 +29,12 @@ from tests.servers import (
     OddHTTP,
     Reply,
     Request,
-    S3Server,
     SeaweedFS,
     StaticFile,
     free_port,
 )
 from tests.servers.process import HOST
 from tests.servers.registry import Gate, Registry
-from tests.servers.tls import TlsFront
 
 OddServer = Callable[..., OddHTTP]
 Proxies = Callable[[str], CountingProxy]
@@ -113,246 +103,8 @@ def dest(tmp_path: Path) -> Path:
 @pytest.fixture
 def s3(seaweedfs: SeaweedFS, shared_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A bucket that the environment leads to."""
-    _lead_to(seaweedfs, monkeypatch)
+    lead_to(seaweedfs, monkeypatch)
     return shared_bucket
-
-
-def _lead_to(server: S3Server, patch: pytest.MonkeyPatch, endpoint: str | None = None) -> None:
-    patch.setenv("AWS_ENDPOINT_URL", endpoint or server.endpoint)
-    patch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
-    patch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
-    patch.setenv("AWS_DEFAULT_REGION", server.region)
-
-
-def _tree(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def _is_empty(folder: Path) -> bool:
-    return not folder.exists() or not any(folder.iterdir())
-
-
-# --- security ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def far(odd_http: OddServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., OddHTTP]]:
-    """Call it with a host and a body to have that host serve it, over TLS that is trusted."""
-    with ForwardProxy() as proxy, pytest.MonkeyPatch.context() as patch:
-        fronts: list[TlsFront] = []
-
-        def serve(host: str, body: bytes) -> OddHTTP:
-            headers = {"Content-Type": "application/octet-stream"}
-            server = odd_http(lambda _: Reply(200, body, headers))
-            front = TlsFront(server.url, hosts=(host,)).start()
-            fronts.append(front)
-            proxy.hosts[host] = (HOST, front.port)
-            patch.setenv("HTTPS_PROXY", proxy.url)
-            patch.setenv("SSL_CERT_FILE", str(front.ca_file))
-            patch.setenv("REQUESTS_CA_BUNDLE", str(front.ca_file))
-            return server
-
-        yield serve
-        for front in fronts:
-            front.stop()
-
-
-def test_githubusercontent_is_not_taken_for_git(far: Callable[..., OddHTTP], dest: Path) -> None:
-    """What begins like ``.git`` within a host's name is no end of a path."""
-    far("raw.githubusercontent.com", b"weights")
-    uri = "https://raw.githubusercontent.com/o/r/main/model.bin"
-    assert Storage.download(uri, str(dest)) == str(dest)
-    assert _tree(dest) == {"model.bin": b"weights"}
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"AZURE_ACCESS_TOKEN": "the-bearer-token"},
-        {"AZURE_STORAGE_ACCESS_KEY": base64.b64encode(b"the key").decode()},
-        {"AZ_TENANT_ID": "tenant-1", "AZ_CLIENT_ID": "client-1", "AZ_CLIENT_SECRET": "secret-1"},
-    ],
-    ids=["token", "key", "principal"],
-)
-@pytest.mark.parametrize(
-    "path",
-    [
-        "https://a.blob.core.windows.net/c/x.bin",
-        "a.blob.core.windows.net/c/x.bin",
-        "?u=https://a.blob.core.windows.net/c/x.bin",
-    ],
-)
-def test_a_host_that_only_mentions_azure_gets_no_credential(
-    far: Callable[..., OddHTTP],
-    dest: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    variables: dict[str, str],
-    path: str,
-) -> None:
-    """It is a host like any other, wherever its path says that it is Azure."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    server = far("evil.example", b"weights")
-    uri = f"https://evil.example/x.bin{path}" if path[0] == "?" else f"https://evil.example/{path}"
-    Storage.download(uri, str(dest))
-    assert _tree(dest) == {"x.bin": b"weights"}
-    assert server.requests
-    for request in server.requests:
-        said = str(request.headers)
-        assert request.headers["Authorization"] is None
-        assert not any(value in said for value in variables.values())
-
-
-@pytest.mark.parametrize("key", ["m/../../out", "m/a/../../../out"])
-def test_keys_that_lead_out_of_the_destination_are_refused_by_s3(
-    moto: Moto, moto_shared_bucket: str, prefix: str, dest: Path,
-    monkeypatch: pytest.MonkeyPatch, key: str,
-) -> None:  # fmt: skip
-    """Nothing is written, neither outside nor inside."""
-    _lead_to(moto, monkeypatch)
-    moto.put_raw(moto_shared_bucket, f"{prefix}/{key}", b"1")
-    moto.put_raw(moto_shared_bucket, f"{prefix}/m/good", b"2")
-    with pytest.raises(StorageError, match=r"\.\."):
-        Storage.download(f"s3://{moto_shared_bucket}/{prefix}/m", str(dest))
-    assert _is_empty(dest)
-    assert sorted(os.listdir(dest.parent)) in (["dest"], [])
-
-
-def test_keys_that_lead_out_of_the_destination_are_refused_by_gcs(
-    gcs_server: FakeGCS, gcs_bucket: str, dest: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on S3."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.endpoint)
-    gcs_server.put_raw(gcs_bucket, "m/../../out", b"1")
-    gcs_server.put_raw(gcs_bucket, "m/good", b"2")
-    with pytest.raises(StorageError, match=r"\.\."):
-        Storage.download(f"gs://{gcs_bucket}/m", str(dest))
-    assert _is_empty(dest)
-
-
-def test_configured_headers_do_not_follow_a_redirect_to_another_host(
-    odd_http: OddServer, dest: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are for the host that they are configured for, and for no other."""
-    kind = {"Content-Type": "application/octet-stream"}
-    other = odd_http(lambda _: Reply(200, b"weights", kind), "localhost")
-    first = odd_http(lambda request: Reply(302, headers={"Location": f"{other.url}/m.bin"}))
-    headers = {"Authorization": "Bearer t0ken", "X-Api-Key": "k3y", "Cookie": "s3ssion"}
-    monkeypatch.setenv(f"{HOST}-headers", json.dumps(headers))
-    Storage.download(f"{first.url}/m.bin", str(dest))
-    assert _tree(dest) == {"m.bin": b"weights"}
-    assert first.requests[0].headers["X-Api-Key"] == "k3y"
-    for request in other.requests:
-        for name in headers:
-            assert request.headers[name] is None
-
-
-def test_signatures_in_urls_are_neither_logged_nor_said(
-    azurite: Azurite, azurite_container: str, odd_http: OddServer, dest: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    """Neither on success nor on failure, at no level, in no message."""
-    caplog.set_level(logging.DEBUG)
-    kind = {"Content-Type": "application/octet-stream"}
-    server = odd_http(lambda request: Reply(200 if "good" in request.path else 403, b"1", kind))
-    for name in ("good.bin", "bad.bin"):
-        uri = f"{server.url}/{name}?X-Amz-Signature=SECRETSIGNATURE&sig=SECRETSAS"
-        if name == "good.bin":
-            Storage.download(uri, str(dest))
-        else:
-            with pytest.raises(AuthenticationError) as caught:
-                Storage.download(uri, str(dest))
-            assert "SECRET" not in f"{caught.value} {caught.value!r}"
-    ours = [record.getMessage() for record in caplog.records if "urllib3" not in record.name]
-    assert not [line for line in ours if "SECRET" in line]
-
-
-def test_signatures_in_urls_are_not_in_the_log_of_the_pod(
-    odd_http: OddServer, tmp_path: Path
-) -> None:
-    """What the command prints, when it works and when it does not."""
-    kind = {"Content-Type": "application/octet-stream"}
-    server = odd_http(lambda request: Reply(200 if "good" in request.path else 404, b"1", kind))
-    for name, status in (("good", 0), ("bad", 1)):
-        ended = _command(f"{server.url}/{name}.bin?sig=SECRETSAS", str(tmp_path / name))
-        assert ended.returncode == status, ended.stderr
-        assert "SECRET" not in ended.stdout + ended.stderr
-        assert f"{name}.bin" in ended.stderr
-
-
-def test_secrets_of_hdfs_are_neither_logged_nor_left_behind(
-    tmp_path: Path, dest: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A keytab and headers come in a variable; they go with the call, whatever comes of it."""
-    caplog.set_level(logging.DEBUG)
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    config = {
-        "type": "webhdfs",
-        "HDFS_NAMENODE": f"http://{HOST}:{free_port()}",
-        "HEADERS": '{"X-Knox-Token": "SECRETTOKEN"}',
-        "TLS_CA": base64.b64encode(b"SECRETCA").decode(),
-    }
-    monkeypatch.setenv("STORAGE_CONFIG", json.dumps(config))
-    with pytest.raises(StorageError) as caught:
-        Storage.download("webhdfs://user/me/model", str(dest))
-    assert "SECRET" not in f"{caught.value} {caplog.text}"
-    assert list(temporary.iterdir()) == []
-    assert _is_empty(dest)
-
-
-def _bomb(name: str) -> bytes:
-    """Return an archive of a few kilobytes that says it holds 2 GiB."""
-    if name.endswith(".zip"):
-        honest, lie = struct.pack("<L", 1 << 20), struct.pack("<L", (1 << 31) - 1)
-        return zipped({"weights.bin": bytes(1 << 20)}).replace(honest, lie)
-    head = tarfile.TarInfo("weights.bin")
-    head.size = 1 << 31
-    return _gzipped(head.tobuf() + bytes(1 << 20))
-
-
-def _gzipped(data: bytes) -> bytes:
-    import gzip
-
-    return gzip.compress(data)
-
-
-@pytest.mark.parametrize("name", ["bomb.zip", "bomb.tar.gz"])
-def test_an_archive_that_becomes_a_thousand_times_its_size_is_refused(
-    seaweedfs: SeaweedFS, s3: str, prefix: str, dest: Path, name: str
-) -> None:
-    """What unpacks to gigabytes out of nothing fills a node's disk, and its neighbours'."""
-    seaweedfs.put_raw(s3, f"{prefix}/{name}", _bomb(name))
-    with pytest.raises(StorageError, match=name):
-        Storage.download(f"s3://{s3}/{prefix}/{name}", str(dest))
-    assert _is_empty(dest)
-
-
-def test_a_zip_keeps_its_links_and_its_executables(
-    seaweedfs: SeaweedFS, s3: str, prefix: str, dest: Path
-) -> None:
-    """Python's zipfile drops both without a word."""
-    written = io.BytesIO()
-    with zipfile.ZipFile(written, "w") as archive:
-        for path, mode, content in (
-            ("bin/run.sh", 0o100755, b"#!/bin/sh\n"),
-            ("weights.bin", 0o100644, b"1"),
-            ("latest.bin", 0o120777, b"weights.bin"),
-        ):
-            entry = zipfile.ZipInfo(path)
-            entry.create_system = 3
-            entry.external_attr = mode << 16
-            archive.writestr(entry, content)
-    seaweedfs.put_raw(s3, f"{prefix}/m.zip", written.getvalue())
-    Storage.download(f"s3://{s3}/{prefix}/m.zip", str(dest))
-    assert os.readlink(dest / "latest.bin") == "weights.bin"
-    assert os.access(dest / "bin" / "run.sh", os.X_OK)
-    assert not (dest / "weights.bin").stat().st_mode & 0o111
 
 
 # --- wrong files ------------------------------------------------------------------------------
@@ -365,9 +117,9 @@ def test_files_of_version_1_are_gone_though_version_2_has_other_names_and_anothe
     seaweedfs.put_raw(s3, f"{prefix}/v1/model-v1.bin", b"1")
     seaweedfs.put_raw(s3, f"{prefix}/v2/model-v2.bin", b"2")
     for version in ("v1", "v2"):
-        ended = _command(f"s3://{s3}/{prefix}/{version}", str(dest))
+        ended = command(f"s3://{s3}/{prefix}/{version}", str(dest))
         assert ended.returncode == 0, ended.stderr
-    assert _tree(dest) == {"model-v2.bin": b"2"}
+    assert tree(dest) == {"model-v2.bin": b"2"}
 
 
 def test_a_failed_version_2_leaves_version_1_whole(
@@ -378,7 +130,7 @@ def test_a_failed_version_2_leaves_version_1_whole(
     Storage.download(f"s3://{s3}/{prefix}/v1", str(dest))
     with pytest.raises(ModelMissingError):
         Storage.download(f"s3://{s3}/{prefix}/v2", str(dest))
-    assert _tree(dest) == {"a.bin": b"1"}
+    assert tree(dest) == {"a.bin": b"1"}
 
 
 def test_two_versions_are_never_mixed_over_http(odd_http: OddServer, dest: Path) -> None:
@@ -396,7 +148,7 @@ def test_two_versions_are_never_mixed_over_http(odd_http: OddServer, dest: Path)
 
     server.handler = changing
     Storage.download(f"{server.url}/m.bin", str(dest))
-    assert _tree(dest) == {"m.bin": b"2" * 100_000}
+    assert tree(dest) == {"m.bin": b"2" * 100_000}
 
 
 def test_an_oci_layer_of_another_digest_is_refused(
@@ -411,7 +163,7 @@ def test_an_oci_layer_of_another_digest_is_refused(
 
     with Gate(oci_registry, alter=alter) as gate, pytest.raises(IntegrityError):
         Storage.download(pusher.uri(":v1", gate.host), str(dest))
-    assert _tree(dest) == {}
+    assert tree(dest) == {}
 
 
 # --- robustness -------------------------------------------------------------------------------
@@ -428,7 +180,7 @@ def test_a_transfer_that_is_always_cut_leaves_nothing(
     for name in ("m.tar.gz", "m.bin"):
         with pytest.raises(StorageError):
             Storage.download(f"{server.url}/{name}", str(dest))
-        assert _tree(dest) == {}
+        assert tree(dest) == {}
 
 
 def test_one_503_is_not_fatal_over_http(odd_http: OddServer, dest: Path) -> None:
@@ -441,7 +193,7 @@ def test_one_503_is_not_fatal_over_http(odd_http: OddServer, dest: Path) -> None
         return static(request) if status is None else Reply(status)
 
     Storage.download(f"{odd_http(handler).url}/m.bin", str(dest))
-    assert _tree(dest) == {"m.bin": b"weights"}
+    assert tree(dest) == {"m.bin": b"weights"}
 
 
 def test_what_is_cut_is_resumed_by_a_range(odd_http: OddServer, dest: Path) -> None:
@@ -450,7 +202,7 @@ def test_what_is_cut_is_resumed_by_a_range(odd_http: OddServer, dest: Path) -> N
     kind = {"Content-Type": "application/octet-stream"}
     server = odd_http(StaticFile(data, headers=kind, cuts=[300_000]))
     Storage.download(f"{server.url}/m.bin", str(dest))
-    assert _tree(dest) == {"m.bin": data}
+    assert tree(dest) == {"m.bin": data}
     spans = [request.span for request in server.asked("GET")]
     assert len(spans) > 1
     assert spans[-1] is not None
@@ -476,7 +228,7 @@ def test_an_expected_digest_is_checked(
     seaweedfs.put_raw(s3, f"{prefix}/m.bin", b"weights")
     with pytest.raises(IntegrityError):
         Storage.download(f"s3://{s3}/{prefix}/m.bin#{fragment}", str(dest))
-    assert _tree(dest) == {}
+    assert tree(dest) == {}
 
 
 def test_the_environment_is_never_written(
@@ -499,7 +251,7 @@ def test_the_environment_is_never_written(
     before = dict(os.environ)
     Storage.download(f"s3://{s3}/{prefix}/m.bin", str(dest))
     assert dict(os.environ) == before
-    assert _tree(dest) == {"m.bin": b"1"}
+    assert tree(dest) == {"m.bin": b"1"}
 
 
 def test_a_host_with_auth_in_its_name_is_no_failed_authentication(
@@ -536,7 +288,7 @@ def test_gcs_lists_once_and_takes_several_files_at_a_time(
     proxy.fault = meet
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.endpoint)
     Storage.download(f"gs://{gcs_bucket}/m", str(dest))
-    assert len(_tree(dest)) == 4
+    assert len(tree(dest)) == 4
     assert not meeting.broken
     listings = [request for request in proxy.requests if "prefix=" in request.path]
     assert len(listings) == 1, listings
@@ -562,7 +314,7 @@ def test_a_large_blob_of_azure_comes_by_several_ranges_at_a_time(
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", there)
     monkeypatch.setenv("STORAGE_TRANSFER__PART_SIZE", str(1024 * 1024))
     Storage.download(f"azure://{azurite_container}/m", str(dest))
-    assert _tree(dest) == {"large.bin": data}
+    assert tree(dest) == {"large.bin": data}
     assert not meeting.broken
 
 
@@ -572,7 +324,7 @@ def test_a_session_token_is_sent(
 ) -> None:  # fmt: skip
     """In every request, as temporary credentials demand."""
     proxy = counting_proxy(moto.endpoint)
-    _lead_to(moto, monkeypatch, proxy.endpoint)
+    lead_to(moto, monkeypatch, proxy.endpoint)
     monkeypatch.setenv("AWS_SESSION_TOKEN", "the-token")
     moto.put_raw(moto_shared_bucket, f"{prefix}/m.bin", b"1")
     Storage.download(f"s3://{moto_shared_bucket}/{prefix}", str(dest))
@@ -604,15 +356,4 @@ def test_a_body_that_stalls_does_not_hang_for_ever(
     finally:
         over.set()
     assert stalled.is_set()
-    assert _tree(dest) == {"m.bin": data}
-
-
-def _path() -> dict[str, str]:
-    return {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "storage.integrations.kserve", *arguments],
-        capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **_path()},
-    )  # fmt: skip
+    assert tree(dest) == {"m.bin": data}
