@@ -12,7 +12,7 @@ from storage.uri import Location, parse_uri
 __all__ = ["Prefix"]
 
 _WHOLE_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_PORTS = {"http": ":80", "https": ":443"}
+_PORTS = {"http": ":80", "https": ":443", "git+http": ":80", "git+https": ":443"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class Prefix:
                 return account
             if host := re.fullmatch(r"(git\+https?)://([^/?#@]+)/?", text, re.IGNORECASE):
                 # All repositories of a host.
-                return cls("git+http", host[1].lower(), (host[2].lower(),))
+                scheme = host[1].lower()
+                return cls("git+http", scheme, (host[2].lower().removesuffix(_PORTS[scheme]),))
             raise ConfigurationError(
                 f"prefix: {one_line(repr(text), 120)} is not the beginning of a URI, such as "
                 f"s3://bucket/path/: {exc}"
@@ -89,7 +90,7 @@ class Prefix:
         if self.version not in (None, location.version):
             return None
         parts = _parts(location)
-        if self.type == "http" and any(unquote(part) in (".", "..") for part in parts):
+        if self.scheme in _PORTS and any(unquote(part) in (".", "..") for part in parts):
             # Such a path may lead out of the prefix that it begins with.
             parts = parts[:1]
         if parts[: len(self.parts)] != self.parts:
@@ -104,7 +105,8 @@ def _parts(location: Location) -> tuple[str, ...]:
     elif location.scheme == "hf":
         bucket = (location.repo_type or "model", *location.bucket.split("/"))
     elif location.has_revisions:
-        bucket = tuple(location.bucket.split("/"))
+        host, *path = location.bucket.split("/")
+        bucket = (host.removesuffix(_PORTS.get(location.scheme, "")), *path)
     key = location.key.removesuffix("/")
     return (*bucket, *key.split("/")) if key else bucket
 
