@@ -70,11 +70,12 @@ def test_a_link_into_the_source_does_not_change_the_source(tmp_path: Path) -> No
 
 
 def test_a_folder_that_is_elsewhere_is_filled_there(tmp_path: Path) -> None:
-    source = put(tmp_path / "source", big__a="1")
+    source = put(tmp_path / "source", big__a="1", z="2")
     disk = put(tmp_path / "disk", note="0")
-    target = put(tmp_path / "target", keep="0")
+    target = put(tmp_path / "target", a="0", old__b="0", z="0")
     (target / "big").symlink_to(disk)
-    assert StorageOperations.mirror(source, target).copied == 1
+    result = StorageOperations.mirror(source, target, delete=True, ignore_patterns="big/note")
+    assert (result.copied, result.deleted) == (2, 2)
     assert (disk / "a").read_text() == "1"
     assert (target / "big").is_symlink()
 

@@ -52,7 +52,7 @@ def _linked(root: str, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     last = ""
     for path in paths:
         folder = os.path.dirname(path)
-        if folder == last:
+        if folder in ("", last):
             continue
         last, here = folder, os.path.join(root, folder)
         real = os.path.realpath(here)
