@@ -166,6 +166,8 @@ def test_several_files_at_once(model: str, tmp_path: Path) -> None:
     assert tree(tmp_path / "b") == {"part-1.bin": MODEL["weights/part-1.bin"]}
     with pytest.raises(ValueError, match="2 sources and 1 folders"):
         Storage.download_files([model, model], folders[:1])
+    with pytest.raises(InvalidInput, match="in order"):
+        Storage.download(folders[0], model)
     same = f"{model}/weights/part-1.bin"
     with pytest.raises(InvalidInput, match=r"part-1\.bin"):
         Storage.download_files([f"{model}/weights", same], [folders[1]] * 2)

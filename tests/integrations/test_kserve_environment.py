@@ -102,6 +102,7 @@ def test_a_secret_for_another_store_is_not_used() -> None:
         ("S3_MAX_ATTEMPTS", "many"),
         ("S3_MAX_FILE_CONCURRENCY", "0"),
         ("S3_MAX_FILE_CONCURRENCY", "-1"),
+        ("S3_MAX_ATTEMPTS", "9" * 5000),
     ],
 )
 def test_a_limit_that_is_none_is_named(variable: str, value: str) -> None:

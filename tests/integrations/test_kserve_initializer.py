@@ -20,6 +20,8 @@ import pytest
 
 from storage.integrations.kserve import Storage
 from storage.integrations.kserve.initializer import main
+from storage.integrations.kserve.model import _Source
+from storage.transfer.plan import Plan
 from tests.integrations.kserve_support import (
     MODEL,
     REPOSITORY,
@@ -299,6 +301,9 @@ def test_a_file_is_not_replaced_by_a_link_to_itself(
     assert "would be lost" in capsys.readouterr().err
     expected = {"model.bin": b"1", "model/model/a": b"1", "links/model.bin": b"1"}
     assert tree(tmp_path) == expected
+    (tmp_path / "model.tar").write_bytes(tar({"b": b"2"}, "w"))
+    assert main([str(tmp_path / "model.tar"), str(tmp_path)]) == 0
+    assert tree(tmp_path)["b"] == b"2"
 
 
 @pytest.mark.parametrize("patterns", ["", "*"])
@@ -422,6 +427,31 @@ def test_a_restarted_container_fetches_nothing_again(
     # The log says it both times.
     assert len(capsys.readouterr().err.splitlines()) == 2
     (tmp_path / "config.json").write_bytes(b"broken")
+    assert main([model, str(tmp_path)]) == 0
+    assert tree(tmp_path) == MODEL
+
+
+def test_a_source_that_changed_on_its_way_is_not_taken_for_what_it_was(
+    model: str,
+    seaweedfs: SeaweedFS,
+    shared_bucket: str,
+    prefix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned = _Source._plan
+
+    def overtaken(self: _Source) -> Plan | None:
+        plan = planned(self)
+        put_all(seaweedfs, shared_bucket, prefix, {"config.json": b"[]"})
+        return plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Source, "_plan", overtaken)
+        assert main([model, str(tmp_path)]) == 0
+    assert tree(tmp_path) == {**MODEL, "config.json": b"[]"}
+
+    put_all(seaweedfs, shared_bucket, prefix, MODEL)
     assert main([model, str(tmp_path)]) == 0
     assert tree(tmp_path) == MODEL
 

@@ -176,7 +176,7 @@ def without_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(95, "Operation not supported")
 
     for name in ("getxattr", "setxattr", "removexattr"):
-        monkeypatch.setattr(placing.os, name, refuse)
+        monkeypatch.setattr(os, name, refuse)
 
 
 @pytest.mark.usefixtures("without_attributes")
@@ -391,7 +391,7 @@ def test_an_interrupt_between_two_moves_is_made_up_for_at_once(
 
     with Place(str(tmp_path), "s3://b/m") as place:
         fill(place, V2)
-        monkeypatch.setattr(placing.os, "rename", interrupted)
+        monkeypatch.setattr(os, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             place.publish("two")
 
@@ -412,7 +412,7 @@ def test_a_move_that_fails_is_finished_by_the_next(
 
     with monkeypatch.context() as patch, Place(str(tmp_path), "s3://b/m") as place:
         fill(place, V2)
-        patch.setattr(placing.os, "rename", refused)
+        patch.setattr(os, "rename", refused)
         with pytest.raises(DestinationError):
             place.publish("two")
     put(tmp_path, "s3://b/other", {"other": b"0"})

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from storage.errors import InvalidInput, redact
 from storage.files import translate_os_errors
 from storage.integrations.kserve.environment import Environment
-from storage.integrations.kserve.model import Wish, bring
+from storage.integrations.kserve.model import bring
+from storage.integrations.kserve.wish import Wish
 from storage.transfer.progress import ProgressCallback
 
 __all__ = ["bring_all"]
@@ -45,7 +46,8 @@ def bring_all(
         The folders.
 
     Raises:
-        InvalidInput: there are more of the one than of the other, or one is none.
+        InvalidInput: there are more of the one than of the other, or one is none, or a folder is
+            a URI.
         StorageError: a source cannot be had.
     """
     if len(uris) != len(folders):
@@ -54,7 +56,7 @@ def bring_all(
             "as of the other"
         )
     pairs = [
-        (_text(uri, "a source"), None if folder is None else _text(folder, "a destination"))
+        (_text(uri, "a source is a URI or a path"), None if folder is None else _folder(folder))
         for uri, folder in zip(uris, folders, strict=True)
     ]
     for _, folder in pairs:
@@ -83,8 +85,17 @@ def _same(one: str | None, other: str | None) -> bool:
     return None not in (one, other) and os.path.realpath(one or "") == os.path.realpath(other or "")
 
 
-def _text(path: Path, what: str) -> str:
+def _folder(path: Path) -> str:
+    text = _text(path, "a destination is a path")
+    if "://" in text:
+        raise InvalidInput(
+            f"a destination is a folder of this machine, not {redact(text)}; are the two in order?"
+        )
+    return text
+
+
+def _text(path: Path, expected: str) -> str:
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise InvalidInput(f"{what} is a URI or a path, not {path!r}")
+        raise InvalidInput(f"{expected}, not {path!r}")
     return text

@@ -47,6 +47,7 @@ _DOCKER_CONFIG = "/mnt/oci-fetch-auth/config.json"
 _BOTO_THREADS = 10
 _AZURE_CHUNKS = 4
 _MOST_CONNECTIONS = 1024
+_MOST_DIGITS = 9
 
 
 class Environment:
@@ -121,7 +122,7 @@ class Environment:
         text = self.get(variable)
         if text is None:
             return None
-        if not text.isdecimal() or int(text) < least:
+        if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < least:
             raise ConfigurationError(
                 f"the variable {variable}: a whole number from {least} on is needed, and it is "
                 f"{one_line(repr(text), 40)}"
