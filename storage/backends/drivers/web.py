@@ -6,6 +6,7 @@ that each is looked at before anything is sent there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -34,10 +35,21 @@ if TYPE_CHECKING:
 
     from storage.config.base import NetworkConfig
 
-__all__ = ["WebSession", "origin", "pieces"]
+__all__ = [
+    "CLIENT",
+    "MAX_REDIRECTS",
+    "REDIRECTS",
+    "Connections",
+    "WebSession",
+    "origin",
+    "pieces",
+]
 
-_REDIRECTS = (301, 302, 303, 307, 308)
-_MAX_REDIRECTS = 5
+CLIENT = "modelstorage"
+"""What requests say that they are from."""
+
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_REDIRECTS = 5
 _BLOCK = 256 * 1024
 _PLAIN_URL = re.compile(r"(?i)https?://[^\s\\/?#@\x00-\x20\x7f]+(?:[/?#]|$)")
 _STATUS: dict[int, Kind] = {
@@ -64,6 +76,147 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, port
 
 
+def _quiet(session: requests.Session, connections: int) -> requests.Session:
+    """Return ``session``, which from now on sends what it is told, once, and keeps no cookie."""
+    import http.cookiejar
+
+    from requests.adapters import HTTPAdapter
+
+    # It would take a password from ~/.netrc, and mix the environment's proxies and authorities
+    # with those of the config.
+    session.trust_env = False
+    session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+    # Otherwise it reads the whole body of every redirection.
+    session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
+    adapter = HTTPAdapter(pool_maxsize=connections, max_retries=0)
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+    return session
+
+
+class Connections:
+    """How requests are sent with one config: proxy, authorities, time-outs. Inert until then."""
+
+    def __init__(
+        self,
+        config: NetworkConfig | None,
+        options: OpenOptions,
+        *,
+        store: str,
+        address: str,
+        make: Callable[[], requests.Session] | None = None,
+    ) -> None:
+        """Keep what to use.
+
+        Args:
+            config: proxy, authorities, time-outs.
+            options: limits.
+            store: what is asked, for messages.
+            address: what a user gave that says where it is, for messages.
+            make: makes a session; by default ``requests`` does.
+        """
+        self._config = config
+        self._connections = options.connections
+        options = with_timeouts(options, config)
+        self._timeout = (options.connect_timeout, options.stall_timeout)
+        self._names = (store, address)
+        self._make = make
+        self._lock = threading.Lock()
+        self._opened: tuple[int, requests.Session] | None = None
+
+    def close(self) -> None:
+        """Free the connections. It may be used again."""
+        with self._lock:
+            opened, self._opened = self._opened, None
+        if opened is not None and opened[0] == os.getpid():
+            opened[1].close()
+
+    def check(self, url: str, where: str) -> None:
+        """Refuse a URL of which two programs may see different hosts.
+
+        Raises:
+            ConfigurationError: it is such a URL, or none of HTTP.
+        """
+        try:
+            plain = _PLAIN_URL.match(url) is not None and urlsplit(url).port != 0
+        except ValueError:
+            plain = False
+        if not plain:
+            store, address = self._names
+            raise ConfigurationError(
+                f"{where}: the address of {store}, or one that it named, is not a plain URL of "
+                f"http or https; check {address} and the proxy"
+            )
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        where: str,
+        headers: Mapping[str, str],
+        body: bytes | Mapping[str, str] | None = None,
+    ) -> requests.Response:
+        """Send one request and return the answer, its body not yet read; follow nothing.
+
+        Args:
+            method: of HTTP.
+            url: complete; see :meth:`check`.
+            where: the URI that an error is about.
+            headers: of the request.
+            body: what is sent, a mapping as a form.
+
+        Raises:
+            StorageError: there is no answer, or :meth:`check` refuses the URL.
+        """
+        store, address = self._names
+        self.check(url, where)
+        network = Network.of(self._config)
+        if network.verify and network.bundle and not os.path.exists(network.bundle):
+            raise ConfigurationError(
+                f"the CA bundle {network.bundle} cannot be read: there is no such file"
+            )
+        if network.proxy is not None:
+            proxies = {"http": network.proxy, "https": network.proxy}
+        else:
+            from requests.utils import get_environ_proxies
+
+            proxies = dict(get_environ_proxies(url))
+        session = self._session()
+        with translated(where, store, address):
+            return session.request(
+                method,
+                url,
+                headers={"User-Agent": CLIENT, "Accept-Encoding": "identity", **headers},
+                data=body,
+                stream=True,
+                allow_redirects=False,
+                timeout=self._timeout,
+                proxies=proxies,
+                verify=(network.bundle or True) if network.verify else False,
+            )
+
+    def _session(self) -> requests.Session:
+        with self._lock:
+            opened = self._opened
+            # Sockets stayed with the parent.
+            if opened is None or opened[0] != os.getpid():
+                opened = self._opened = (os.getpid(), self._connect())
+            return opened[1]
+
+    def _connect(self) -> requests.Session:
+        import warnings
+
+        import requests
+        from urllib3.exceptions import InsecureRequestWarning
+
+        hide_queries()
+        if not Network.of(self._config).verify:
+            # Who switched the check off need not be told of it by every request.
+            warnings.filterwarnings("ignore", category=InsecureRequestWarning)
+        session = self._make() if self._make is not None else requests.Session()
+        return _quiet(session, self._connections)
+
+
 class WebSession:
     """Connections for one service with one config. Construction is inert."""
 
@@ -87,22 +240,14 @@ class WebSession:
             home: gives a URL of the origin that gets the credential.
             credentials: gives the headers that say who asks.
         """
-        self._config = config
-        self._connections = options.connections
-        options = with_timeouts(options, config)
-        self._timeout = (options.connect_timeout, options.stall_timeout)
         self._names = (store, address)
         self._home = home
         self._credentials = credentials
-        self._lock = threading.Lock()
-        self._opened: tuple[int, requests.Session] | None = None
+        self._connections = Connections(config, options, store=store, address=address)
 
     def close(self) -> None:
         """Free the connections. It may be used again."""
-        with self._lock:
-            opened, self._opened = self._opened, None
-        if opened is not None and opened[0] == os.getpid():
-            opened[1].close()
+        self._connections.close()
 
     def request(
         self,
@@ -127,104 +272,44 @@ class WebSession:
         Raises:
             StorageError: there is no answer, or it leads where nothing may be sent.
         """
+        self._check(url, where)
         first = origin(url)
-        for _ in range(_MAX_REDIRECTS + 1):
-            sent = {"User-Agent": "modelstorage", "Accept-Encoding": "identity", **(headers or {})}
+        for _ in range(MAX_REDIRECTS + 1):
+            sent = dict(headers or {})
             if origin(url) == first:
                 sent |= foreign or {}
             given = {name.lower() for name in sent}
             if origin(url) == origin(self._home()) and "authorization" not in given:
                 sent |= self._credentials()
-            response = self._send(method, url, where, sent, body)
+            response = self._connections.send(method, url, where, sent, body)
             target = response.headers.get("Location")
-            if response.status_code not in _REDIRECTS or not target:
+            if response.status_code not in REDIRECTS or not target:
                 return response
             response.close()
-            target = urljoin(url, target)
-            self._check(target, where)
-            if body is not None and origin(target) != first:
+            url = self._followed(url, target, where)
+            if body is not None and origin(url) != first:
                 raise StorageError(
                     f"{where}: {self._names[0]} led a request with content to another host, "
-                    f"{one_line(urlsplit(target).hostname)}; use the address that it leads to"
+                    f"{one_line(urlsplit(url).hostname)}; use the address that it leads to"
                 )
-            url = target
-        raise StorageError(
-            f"{where}: more than {_MAX_REDIRECTS} redirections, probably in a circle"
-        )
+        raise StorageError(f"{where}: more than {MAX_REDIRECTS} redirections, probably in a circle")
 
-    def _send(
-        self, method: str, url: str, where: str, headers: Mapping[str, str], body: bytes | None
-    ) -> requests.Response:
-        self._check(url, where)
-        network = Network.of(self._config)
-        if network.bundle is not None and not os.path.exists(network.bundle):
-            raise ConfigurationError(
-                f"the CA bundle {network.bundle} cannot be read: there is no such file"
-            )
-        if network.proxy is not None:
-            proxies = {"http": network.proxy, "https": network.proxy}
-        else:
-            from requests.utils import get_environ_proxies
-
-            proxies = dict(get_environ_proxies(url))
-        with translated(where, *self._names):
-            return self._session().request(
-                method,
-                url,
-                headers=dict(headers),
-                data=body,
-                stream=True,
-                allow_redirects=False,
-                timeout=self._timeout,
-                proxies=proxies,
-                verify=(network.bundle or True) if network.verify else False,
-            )
+    def _followed(self, url: str, target: str, where: str) -> str:
+        """Return where a redirection leads."""
+        with contextlib.suppress(ValueError):  # what is none is refused as it is
+            target = urljoin(url, target)
+        self._check(target, where)
+        return target
 
     def _check(self, url: str, where: str) -> None:
         """Refuse a URL of which two programs may see different hosts, or that anybody can read."""
-        try:
-            plain = _PLAIN_URL.match(url) is not None and urlsplit(url).port != 0
-        except ValueError:
-            plain = False
-        store, address = self._names
-        if not plain:
-            raise ConfigurationError(
-                f"{where}: the address of {store}, or one that it named, is not a plain URL of "
-                f"http or https; check {address} and the proxy"
-            )
+        self._connections.check(url, where)
+        store = self._names[0]
         if urlsplit(self._home()).scheme == "https" and urlsplit(url).scheme != "https":
             raise StorageError(
                 f"{where}: {store} led from https to {one_line(url)}, which anybody on the way "
                 "could read and change"
             )
-
-    def _session(self) -> requests.Session:
-        import http.cookiejar
-        import warnings
-
-        import requests
-        from requests.adapters import HTTPAdapter
-        from urllib3.exceptions import InsecureRequestWarning
-
-        with self._lock:
-            opened = self._opened
-            # Sockets stayed with the parent.
-            if opened is None or opened[0] != os.getpid():
-                hide_queries()
-                session = requests.Session()
-                # It would take a password from ~/.netrc, and mix the environment's proxies and
-                # authorities with those of the config.
-                session.trust_env = False
-                policy = http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
-                session.cookies.set_policy(policy)
-                adapter = HTTPAdapter(pool_maxsize=self._connections, max_retries=0)
-                session.mount("https://", adapter)
-                session.mount("http://", adapter)
-                if not Network.of(self._config).verify:
-                    # Who switched the check off need not be told of it by every request.
-                    warnings.filterwarnings("ignore", category=InsecureRequestWarning)
-                opened = self._opened = (os.getpid(), session)
-            return opened[1]
 
     def read(self, response: requests.Response, where: str, limit: int) -> bytes:
         """Return a whole answer, and free its connection.

@@ -21,7 +21,6 @@ from storage.backends.base import (
     ByteRange,
     ObjectInfo,
     OpenOptions,
-    check_prefix,
 )
 from storage.backends.oci.answers import body, content_start, translated
 from storage.backends.oci.content import Content
@@ -38,6 +37,7 @@ from storage.backends.oci.manifests import (
 )
 from storage.backends.oci.session import RegistrySession
 from storage.backends.readonly import READ_ONLY, ReadOnlyBackend
+from storage.backends.repositories import check_folder, check_path
 from storage.digest import Digest
 from storage.errors import (
     BucketMissingError,
@@ -98,7 +98,7 @@ class OCIBackend(ReadOnlyBackend):
 
     def stat(self, key: str, version: str | None = None) -> ObjectInfo:
         where = self.where(key)
-        _check_key(key.removesuffix("/"), where)
+        check_path(key, where)
         # The tag or digest of the URI, too, is a version to whoever asks.
         is_now = version in (None, self._location.version)
         try:
@@ -111,10 +111,8 @@ class OCIBackend(ReadOnlyBackend):
         return self._told(found)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        check_prefix(prefix)
         where = self.where(prefix)
-        if prefix:
-            _check_key(prefix.removesuffix("/"), where)
+        check_folder(prefix, where)
         content = self._now(where)
         found = False
         for info in content.all():
@@ -138,7 +136,7 @@ class OCIBackend(ReadOnlyBackend):
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
         where = self.where(key)
-        _check_key(key, where)
+        check_path(key, where)
         if pin is not None and pin.version is not None:
             content = self._at(pin.version, where)
         else:
@@ -398,16 +396,3 @@ def _sha256(data: bytes) -> str:
     import hashlib
 
     return hashlib.sha256(data).hexdigest()
-
-
-def _check_key(key: str, where: str) -> None:
-    """Refuse what is no path of a file.
-
-    Raises:
-        InvalidInput: it has empty or dot segments.
-    """
-    if {"", ".", ".."} & set(key.split("/")) or "\0" in key:
-        raise InvalidInput(
-            f"{where}: the path of a file in an image or artifact has no empty parts, no '.' and "
-            "no '..'"
-        )

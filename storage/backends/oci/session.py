@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from storage.backends.base import OpenOptions
-from storage.backends.network import Network, hide_queries, with_timeouts
+from storage.backends.drivers.web import CLIENT, MAX_REDIRECTS, REDIRECTS, Connections, origin
 from storage.backends.oci.answers import error_of, scheme_of, translated
 from storage.backends.oci.logins import Login, find_login
 from storage.errors import (
@@ -36,13 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RegistrySession"]
 
-_REDIRECTS = (301, 302, 303, 307, 308)
-_MAX_REDIRECTS = 5
 _MAX_TOKEN = 1024 * 1024
-_CLIENT = "modelstorage"
 # What `docker pull` asks where the public registry is meant.
 _HOSTS = {"docker.io": "registry-1.docker.io"}
-_PLAIN_URL = re.compile(r"(?i)https?://[^\s\\/?#@\x00-\x20\x7f]+(?:[/?#]|$)")
 
 
 class RegistrySession:
@@ -62,13 +59,10 @@ class RegistrySession:
         self.registry = registry
         self.repository = repository
         self._config = config
-        self._connections = options.connections
-        options = with_timeouts(options, config)
-        self._timeout = (options.connect_timeout, options.stall_timeout)
-        self._lock = threading.Lock()
+        self._connections = Connections(
+            config, options, store="the registry", address="the host and the port", make=self._make
+        )
         self._renewing = threading.Lock()
-        self._session: requests.Session | None = None
-        self._container: Any = None
         self._authorization: str | None = None
         self._login: Login | None = None
         self._looked = False
@@ -83,25 +77,19 @@ class RegistrySession:
 
     def manifest_url(self, reference: str) -> str:
         """Return the address of a manifest by its tag or digest."""
-        self._opened()
         return f"{self.scheme}://{self._container.manifest_url(reference)}"
 
     def blob_url(self, digest: str) -> str:
         """Return the address of a blob."""
-        self._opened()
         return f"{self.scheme}://{self._container.get_blob_url(digest)}"
 
     def tags_url(self) -> str:
         """Return the address of the list of tags, of one of them."""
-        self._opened()
         return f"{self.scheme}://{self._container.tags_url(N=1)}"
 
     def close(self) -> None:
         """Free the connections."""
-        with self._lock:
-            session, self._session = self._session, None
-        if session is not None:
-            session.close()
+        self._connections.close()
 
     def ask(
         self, method: str, url: str, where: str, headers: Mapping[str, str] | None = None
@@ -113,16 +101,17 @@ class RegistrySession:
         Raises:
             StorageError: the registry, or the store that it leads to, refuses.
         """
+        self._connections.check(url, where)
         start = url
-        for _ in range(_MAX_REDIRECTS + 1):
-            own = _origin(url) == _origin(start)
+        for _ in range(MAX_REDIRECTS + 1):
+            own = origin(url) == origin(start)
             response = self._send(method, url, where, headers or {}, own)
-            if response.status_code not in _REDIRECTS or not response.headers.get("Location"):
+            if response.status_code not in REDIRECTS or not response.headers.get("Location"):
                 break
             url = self._following(url, response, where)
         else:
             raise StorageError(
-                f"{where}: the registry redirects more than {_MAX_REDIRECTS} times; check its "
+                f"{where}: the registry redirects more than {MAX_REDIRECTS} times; check its "
                 "address"
             )
         if response.status_code >= 300:
@@ -153,26 +142,9 @@ class RegistrySession:
         authorization: str | None,
         form: Mapping[str, str] | None = None,
     ) -> requests.Response:
-        session = self._opened()
-        _check_url(url, where)
-        sent = {"User-Agent": _CLIENT, "Accept-Encoding": "identity", **headers}
         if authorization is not None:
-            sent["Authorization"] = authorization
-        network = Network.of(self._config)
-        if network.verify and network.bundle and not os.path.exists(network.bundle):
-            raise ConfigurationError(f"the CA bundle {network.bundle} cannot be read: no such file")
-        with translated(where):
-            return session.request(
-                method,
-                url,
-                headers=sent,
-                data=form,
-                stream=True,
-                allow_redirects=False,
-                timeout=self._timeout,
-                proxies=_proxies(network, url),
-                verify=(network.bundle or True) if network.verify else False,
-            )
+            headers = {**headers, "Authorization": authorization}
+        return self._connections.send(method, url, where, headers, form)
 
     def _following(self, url: str, response: requests.Response, where: str) -> str:
         response.close()
@@ -180,8 +152,8 @@ class RegistrySession:
             target = urljoin(url, response.headers["Location"])
         except ValueError:
             target = ""
-        _check_url(target, where)
-        if url.startswith("https:") and not target.startswith("https:"):
+        self._connections.check(target, where)
+        if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
             raise StorageError(
                 f"{where}: the registry led from https to {one_line(target)}, which anybody on the "
                 "way could read and change; check the address and the proxy"
@@ -219,7 +191,7 @@ class RegistrySession:
 
         asked = parse_auth_header(challenge)
         realm = asked.realm or ""
-        _check_url(realm, where)
+        self._connections.check(realm, where)
         login = self._login
         if login is not None and not self._may_have_secrets(realm):
             raise AuthenticationError(
@@ -232,7 +204,7 @@ class RegistrySession:
             form = {
                 "grant_type": "refresh_token",
                 "refresh_token": login.identity_token,
-                "client_id": _CLIENT,
+                "client_id": CLIENT,
                 **query,
             }
             response = self._once("POST", realm, where, {}, None, form)
@@ -257,47 +229,39 @@ class RegistrySession:
         own = urlsplit(f"{self.scheme}://{_HOSTS.get(self.registry, self.registry)}")
         return own.scheme == "http" and parts.hostname == own.hostname
 
-    def _opened(self) -> requests.Session:
-        with self._lock:
-            if self._session is None:
-                try:
-                    from oras.container import Container
-                    from oras.provider import Registry
-                except ImportError as exc:
-                    raise ConfigurationError(
-                        "OCI registries need the package oras, which is not installed; "
-                        'run: pip install "modelstorage[oci]"'
-                    ) from exc
-                from requests.adapters import HTTPAdapter
+    @property
+    def _host(self) -> str:
+        host = _HOSTS.get(self.registry, self.registry)
+        if not re.search(r"[.:]", host):
+            # Only so oras takes it for a host.
+            host += ":80" if self.scheme == "http" else ":443"
+        return host
 
-                hide_queries()
-                host = _HOSTS.get(self.registry, self.registry)
-                if not re.search(r"[.:]", host):
-                    # Only so oras takes it for a host.
-                    host += ":80" if self.scheme == "http" else ":443"
-                verify = self._config is None or self._config.verify_ssl
-                insecure = self.scheme == "http"
-                registry = Registry(hostname=host, insecure=insecure, tls_verify=verify)
-                session: requests.Session = registry.session
-                # It would take a password from ~/.netrc, and mix the environment's proxies and
-                # authorities with those of the config.
-                session.trust_env = False
-                # Otherwise it reads the whole body of every redirection.
-                session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
-                adapter = HTTPAdapter(pool_maxsize=self._connections, max_retries=0)
-                session.mount("https://", adapter)
-                session.mount("http://", adapter)
-                self._container = Container(f"{host}/{self.repository}")
-                self._session = session
-            return self._session
+    @cached_property
+    def _container(self) -> Any:
+        with _oras():
+            from oras.container import Container
+        return Container(f"{self._host}/{self.repository}")
+
+    def _make(self) -> requests.Session:
+        with _oras():
+            from oras.provider import Registry
+        verify = self._config is None or self._config.verify_ssl
+        insecure = self.scheme == "http"
+        registry = Registry(hostname=self._host, insecure=insecure, tls_verify=verify)
+        session: requests.Session = registry.session
+        return session
 
 
-def _proxies(network: Network, url: str) -> dict[str, str]:
-    if network.proxy is not None:
-        return {"http": network.proxy, "https": network.proxy}
-    from requests.utils import get_environ_proxies
-
-    return dict(get_environ_proxies(url))
+@contextmanager
+def _oras() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as exc:
+        raise ConfigurationError(
+            "OCI registries need the package oras, which is not installed; "
+            'run: pip install "modelstorage[oci]"'
+        ) from exc
 
 
 def _with_query(url: str, query: Mapping[str, str]) -> str:
@@ -333,25 +297,3 @@ def _is_here(registry: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _check_url(url: str, where: str) -> None:
-    """Refuse a URL of which two programs may see different hosts.
-
-    Raises:
-        StorageError: it is such a URL, or none of a server.
-    """
-    try:
-        plain = _PLAIN_URL.match(url) is not None and urlsplit(url).port != 0
-    except ValueError:
-        plain = False
-    if not plain:
-        raise StorageError(
-            f"{where}: an address that the registry named is not a plain URL of http or https; "
-            "check the registry and the proxy"
-        )
