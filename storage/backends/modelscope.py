@@ -49,6 +49,15 @@ _LISTED = 3000
 _MAX_ANSWER = 64 * 1024 * 1024
 # Small files are sent whole where a part is asked for.
 _MAX_SKIP = 32 * 1024 * 1024
+# What parsing and looking at an answer raises if it is not as it should be.
+_NOT_UNDERSTOOD = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -146,7 +155,9 @@ class ModelScopeBackend(ReadOnlyBackend):
                         f"{where}: ModelScope lists {_LISTED} entries of a folder and does not say "
                         "what else there is; choose smaller folders"
                     )
-                pending += folders
+                # Whoever names a folder in itself would be asked for ever.
+                below = f"{folder}/" if folder else ""
+                pending += [one for one in folders if one.startswith(below) and one != below]
             yield from (info for info in files if info.key.startswith(prefix))
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
@@ -203,7 +214,7 @@ class ModelScopeBackend(ReadOnlyBackend):
             entries = data if isinstance(data, list) else data["Files"] or []
             files = [_described(entry) for entry in entries if entry.get("Type") != "tree"]
             folders = [str(entry["Path"]) for entry in entries if entry.get("Type") == "tree"]
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except _NOT_UNDERSTOOD as exc:
             raise _damaged(where, exc) from exc
         return files, folders
 
@@ -218,7 +229,7 @@ class ModelScopeBackend(ReadOnlyBackend):
         try:
             found = json.loads(text)
             success, data = found.get("Success", True), found["Data"]
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except _NOT_UNDERSTOOD as exc:
             raise _damaged(where, exc) from exc
         if not success:
             said = f"{found.get('Code')}: {found.get('Message')}"
@@ -231,7 +242,7 @@ class ModelScopeBackend(ReadOnlyBackend):
             try:
                 found = json.loads(self._session.read(response, where, 64 * 1024))
                 message = one_line(found.get("Message") or "")
-            except (AttributeError, ValueError, StorageError):
+            except (*_NOT_UNDERSTOOD, StorageError):
                 message = None
         if response.status_code == 404:
             response.close()
@@ -246,7 +257,10 @@ class ModelScopeBackend(ReadOnlyBackend):
 
 
 def _described(entry: Mapping[str, Any]) -> ObjectInfo:
-    return _info(str(entry["Path"]), int(entry["Size"]), str(entry.get("Sha256") or "").lower())
+    size = int(entry["Size"])
+    if size < 0:
+        raise ValueError("a size below zero")
+    return _info(str(entry["Path"]), size, str(entry.get("Sha256") or "").lower())
 
 
 def _info(key: str, size: int | None, sha256: str) -> ObjectInfo:

@@ -258,6 +258,7 @@ def members(source: Source, extraction: Extraction, *, specials: bool = False) -
                 records.values.setdefault(key, body.partition(b"\0")[0])
             continue
         if kind == _LABEL:
+            extraction.entry()
             source.skip(size, extraction)
             continue
         member = _member(block, kind, size, {**everywhere, **records.values}, extraction)

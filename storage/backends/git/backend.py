@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -32,6 +32,7 @@ from storage.errors import (
     TransientError,
     UnsupportedOperation,
     conceal,
+    one_line,
 )
 from storage.uri import Location
 
@@ -44,6 +45,9 @@ _FOLDER, _LINK, _SUBMODULE = 0o040000, 0o120000, 0o160000
 _KIND = 0o170000
 _MAX_LINKS = 40
 _MAX_TARGET = 4096
+# A few trees, or links to a folder, can make more paths than anybody could list.
+_MAX_ENTRIES = 1_000_000
+_MAX_DEPTH = 128
 _KEPT = 2
 _TOKEN_USER = "x-access-token"
 
@@ -99,6 +103,10 @@ class _Node:
     @property
     def kind(self) -> int:
         return self.mode & _KIND
+
+
+_Entry = tuple[str, str, _Node, int]
+"""Key, real place, what is there, and how many links were followed on the way."""
 
 
 @dataclass(frozen=True)
@@ -164,30 +172,52 @@ class GitBackend(ReadOnlyBackend):
         check_folder(prefix, self.where(prefix))
         snapshot = self._snapshot()
         found, path = self._find(snapshot, prefix.removesuffix("/"))
-        if found is not None and found.kind == _FOLDER:
-            yield from self._walk(snapshot, found, prefix, path, 0)
+        if found is None or found.kind != _FOLDER:
+            return
+        for count, info in enumerate(self._walk(snapshot, found, prefix, path)):
+            if count >= _MAX_ENTRIES:
+                raise UnsupportedOperation(
+                    f"{self.where(prefix)}: the folder has more than {_MAX_ENTRIES} files and "
+                    "folders, links followed; choose a smaller one"
+                )
+            if info is not None:
+                yield info
 
     def _walk(
-        self, snapshot: _Snapshot, folder: _Node, prefix: str, path: str, links: int
-    ) -> Iterator[ObjectInfo]:
-        """Yield the files of a folder.
+        self, snapshot: _Snapshot, folder: _Node, prefix: str, path: str
+    ) -> Iterator[ObjectInfo | None]:
+        """Yield the files of a folder, and ``None`` for each folder in it.
 
         Args:
             snapshot: the commit.
             folder: of it.
             prefix: what the keys begin with.
             path: where the folder really is, links followed; ends in a slash, or is empty.
-            links: how many were followed on the way here.
         """
-        for name, node in self._entries(snapshot, folder).items():
-            key, place, depth = prefix + name, path + name, links
+
+        def entries(folder: _Node, prefix: str, path: str, links: int) -> Iterator[_Entry]:
+            for name, node in self._entries(snapshot, folder).items():
+                yield prefix + name, path + name, node, links
+
+        pending = [entries(folder, prefix, path, 0)]
+        while pending:
+            entry = next(pending[-1], None)
+            if entry is None:
+                pending.pop()
+                continue
+            key, place, node, links = entry
             if node.kind == _LINK:
-                depth += 1
-                node, place = self._follow(snapshot, key, place, node, depth)
-            if node.kind == _FOLDER:
-                yield from self._walk(snapshot, node, f"{key}/", f"{place}/", depth)
-            else:
+                links += 1
+                node, place = self._follow(snapshot, key, place, node, links)
+            if node.kind != _FOLDER:
                 yield self._describe(snapshot, key, node)[0]
+                continue
+            if len(pending) > _MAX_DEPTH:
+                raise UnsupportedOperation(
+                    f"{self.where(key)}: the path goes through more than {_MAX_DEPTH} folders"
+                )
+            yield None
+            pending.append(entries(node, f"{key}/", f"{place}/", links))
 
     def read(self, key: str, span: ByteRange | None = None, pin: ObjectInfo | None = None) -> Body:
         """See :meth:`Backend.read`."""
@@ -242,17 +272,33 @@ class GitBackend(ReadOnlyBackend):
 
         name = bytes.fromhex(commit)
         for _ in range(_MAX_LINKS):
-            kind = pack.kind_of(name)
-            if kind == b"commit":
-                root = bytes.fromhex(Commit.from_string(pack.content(name)).tree.decode())
-                return _Snapshot(commit, _Node(_FOLDER, root), pack)
-            if kind != b"tag":
+            if name not in pack:
                 break
-            _, target = Tag.from_string(pack.content(name)).object
-            name = bytes.fromhex(target.decode())
+            kind = pack.kind_of(name)
+            with self._parsed(name):
+                if kind == b"commit":
+                    root = bytes.fromhex(Commit.from_string(pack.content(name)).tree.decode())
+                    return _Snapshot(commit, _Node(_FOLDER, root), pack)
+                if kind != b"tag":
+                    break
+                _, target = Tag.from_string(pack.content(name)).object
+                name = bytes.fromhex(target.decode())
         raise ModelMissingError(
             self.where(""), f"{self.where('')}: the revision is no commit, nor a tag of one"
         )
+
+    @contextmanager
+    def _parsed(self, name: bytes) -> Iterator[None]:
+        """Turn what ``dulwich`` raises of an object in the block into an error of ours."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except Exception as exc:  # what it raises of damaged ones has no common base
+            raise StorageError(
+                f"{self.where('')}: the object {name.hex()} of the repository is damaged "
+                f"({one_line(exc) or type(exc).__name__}); `git fsck` tells more"
+            ) from exc
 
     # -- trees -------------------------------------------------------------------------------
 
@@ -261,9 +307,10 @@ class GitBackend(ReadOnlyBackend):
 
         self._demand(snapshot, folder)
         entries = {}
-        for name, mode, found in parse_tree(snapshot.pack.content(folder.name), 20):
-            node = found if len(found) == 20 else bytes.fromhex(found.decode("ascii"))
-            entries[name.decode("utf-8", "surrogateescape")] = _Node(mode, node)
+        with self._parsed(folder.name):
+            for name, mode, found in parse_tree(snapshot.pack.content(folder.name), 20):
+                node = found if len(found) == 20 else bytes.fromhex(found.decode("ascii"))
+                entries[name.decode("utf-8", "surrogateescape")] = _Node(mode, node)
         return entries
 
     def _demand(self, snapshot: _Snapshot, node: _Node) -> None:
@@ -271,6 +318,12 @@ class GitBackend(ReadOnlyBackend):
             raise TransientError(
                 f"{self.where('')}: the server sent commit {snapshot.commit} without its object "
                 f"{node.name.hex()}"
+            )
+        kind = b"tree" if node.kind == _FOLDER else b"blob"
+        if snapshot.pack.kind_of(node.name) != kind:
+            raise StorageError(
+                f"{self.where('')}: the object {node.name.hex()} of the repository is no "
+                f"{kind.decode()}, and a folder says that it is one"
             )
 
     def _find(self, snapshot: _Snapshot, key: str, links: int = 0) -> tuple[_Node | None, str]:

@@ -158,17 +158,14 @@ class LargeFiles:
             if found["oid"] != pointer.oid:
                 raise ValueError
             if "error" in found:
-                code, said = found["error"].get("code"), one_line(found["error"].get("message"))
-                raise ModelMissingError(
-                    where, f"{where}: its host does not have this large file ({code}: {said})"
-                )
+                raise _error_of(found["error"], where)
             action = found["actions"]["download"]
             headers = {str(name): str(value) for name, value in action.get("header", {}).items()}
             seconds = min(_LINK_SECONDS, float(action.get("expires_in") or _LINK_SECONDS) / 2)
             return _Link(str(action["href"]), headers, time.monotonic() + seconds)
         except StorageError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError) as exc:
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as exc:
             raise TransientError(
                 f"{where}: the answer of the host's large file storage is damaged or none of git "
                 f"LFS ({type(exc).__name__})"
@@ -182,3 +179,14 @@ class LargeFiles:
                 "host offers no large file storage; download it from where it is kept"
             )
         return error
+
+
+def _error_of(told: Any, where: str) -> StorageError:
+    """Return the error of ours for what a host says of one file."""
+    code, said = int(told["code"]), one_line(told.get("message") or "")
+    text = f"{where}: its host does not give this large file away ({code}: {said})"
+    if code in (404, 410):
+        return ModelMissingError(where, text)
+    if code in (401, 403):
+        return AuthenticationError(f"{text}; check the credentials")
+    return TransientError(text) if code == 429 or code >= 500 else StorageError(text)

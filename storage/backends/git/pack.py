@@ -33,6 +33,9 @@ MAX_DELTA = 1024 * 1024 * 1024
 
 _MIB = 1024 * 1024
 _BLOCK = 64 * 1024
+# Of contents from which others are made, so much is kept in memory at once; the others are put
+# together again.
+_HELD = 64 * _MIB
 _HASH = 20
 _TYPES = {1: b"commit", 2: b"tree", 3: b"blob", 4: b"tag"}
 _BY_OFFSET, _BY_NAME = 6, 7
@@ -273,8 +276,10 @@ class Pack:
         """Find the names of the objects that came as differences."""
         for name, root in roots:
             pending: list[tuple[bytes, _Found, bytes | None]] = [(name, root, None)]
+            held = 0
             while pending:
                 name, base, data = pending.pop()
+                held -= len(data or b"")
                 entries = later.pop(base.entry.start, []) + later.pop(name, [])
                 if entries and data is None:
                     data = self._joined(base)
@@ -288,7 +293,9 @@ class Pack:
                     self._found[hasher.digest()] = found
                     more = entry.start in later or hasher.digest() in later
                     if more:
-                        pending.append((hasher.digest(), found, content))
+                        kept = content if held + len(content) <= _HELD else None
+                        held += len(kept or b"")
+                        pending.append((hasher.digest(), found, kept))
         if later:
             raise self._damaged()
 
@@ -340,7 +347,7 @@ def _target_size(delta: bytes) -> int:
             at += 1
             size |= (byte & 127) << shift
             shift += 7
-            if not byte & 128:
+            if not byte & 128 or shift > 63:
                 break
         sizes.append(size)
     return sizes[1]

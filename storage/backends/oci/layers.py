@@ -101,11 +101,13 @@ class Unpacking:
             TransientError: a layer could not be fetched; the next call goes on with it.
         """
         with self._lock:
+            self._leave_to_parent()
             return self._found() if self._files is None else self._files
 
     def open(self, key: str) -> IO[bytes]:
         """Open a file that there is; raises what :meth:`files` does."""
         with self._lock:
+            self._leave_to_parent()
             files = self._files
             if files is None or not self._is_here:
                 files = self._found()
@@ -141,6 +143,11 @@ class Unpacking:
         """Remove the files."""
         with self._lock:
             self._forget()
+
+    def _leave_to_parent(self) -> None:
+        """Forget, after a fork, the files of the parent's, which removes them when it likes."""
+        if self._workspace is not None and not self._workspace.is_own:
+            self._forget(files=False)
 
     def _forget(self, *, files: bool = True) -> None:
         if self._blob is not None:
@@ -291,8 +298,10 @@ def _index(folder: str, overlay: Overlay, limits: ExtractionLimits) -> dict[str,
     found: dict[str, PackedFile] = {}
     top, top_path = os.stat(folder), os.path.realpath(folder)
     stack = [("", top_path, frozenset([(top.st_dev, top.st_ino)]))]
+    folders = 0
     while stack:
         prefix, path, above = stack.pop()
+        folders += 1
         for name in sorted(os.listdir(path)):
             key, child = prefix + name, os.path.join(path, name)
             linked = os.path.islink(child)
@@ -310,6 +319,7 @@ def _index(folder: str, overlay: Overlay, limits: ExtractionLimits) -> dict[str,
                 overlay.count(status.st_size)
             place = os.path.relpath(os.path.realpath(child), top_path)
             found[key] = PackedFile(place, status.st_size)
-            if len(found) > limits.entries:
-                raise overlay.refusal(f"holds more than {limits.entries} files")
+        # A few folders, each with links to the next one, can make more paths than can be counted.
+        if len(found) + folders + len(stack) > limits.entries:
+            raise overlay.refusal(f"holds more than {limits.entries} files and folders, links too")
     return found

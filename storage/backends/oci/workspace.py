@@ -45,7 +45,13 @@ class Workspace:
                 if os.path.isdir(self.path):  # or whoever sweeps came between
                     break
                 os.close(lock)
+        self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _drop, self.path, lock, os.getpid())
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process made it, and not one of which it is a fork."""
+        return self._owner == os.getpid()
 
     def close(self) -> None:
         """Remove the folder with all that is in it. Safe to call twice."""
