@@ -66,6 +66,10 @@ class Prefix:
                 # All repositories of a host.
                 scheme = host[1].lower()
                 return cls("git+http", scheme, (host[2].lower().removesuffix(_PORTS[scheme]),))
+            if owner := re.fullmatch(
+                r"modelscope://([A-Za-z0-9_-][\w.-]*)/?", text, re.ASCII | re.I
+            ):
+                return cls("modelscope", "modelscope", (owner[1],))
             raise ConfigurationError(
                 f"prefix: {one_line(repr(text), 120)} is not the beginning of a URI, such as "
                 f"s3://bucket/path/: {exc}"
