@@ -55,8 +55,9 @@ class Priorities:
         Raises:
             ValueError: there is one of that name.
         """
-        if cls.name == _DEFAULT or self._by_name.setdefault(cls.name, cls) is not cls:
+        if cls.name == _DEFAULT or cls.name in self._by_name:
             raise ValueError(f"there is a priority class {cls.name!r} already")
+        self._by_name[cls.name] = cls
 
     def remove(self, name: str) -> None:
         """Remove a class; records that name it are delivered all the same.

@@ -48,7 +48,8 @@ def own_server() -> Iterator[SeaweedFS]:
 @pytest.fixture
 def own_fleet(scaleout: None, own_server: SeaweedFS, tmp_path: Path) -> Iterator[Fleet]:
     """An empty fleet on that."""
-    with fleet_on(own_server, "fleet", tmp_path) as found:
+    # What is stopped is not worth many attempts; the client goes on trying by itself.
+    with fleet_on(own_server, "fleet", tmp_path, attempts=2) as found:
         yield found
     if not own_server.is_running:  # the test failed in between
         own_server.resume()

@@ -218,6 +218,33 @@ def again(client_id):
     return kept
 
 
+def fork(client_id):
+    """Fork while other threads hold every lock of the runtime; return what the child could do."""
+    client = clients[client_id]
+    runtime = client.runtime
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with runtime._lock, runtime._runner._lock, runtime._binding.spool.lock:
+            held.set()
+            done.wait(WAIT)
+
+    threading.Thread(target=hold, daemon=True).start()
+    assert held.wait(WAIT)
+    child = os.fork()
+    if not child:
+        runtime.check_task_abort()
+        kept = client.edge.log_telemetry(key="child", payload={}, priority="alert")
+        os._exit(10 + kept)
+    done.set()
+    deadline = time.monotonic() + WAIT / 4
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+        time.sleep(0.05)
+    return [os.waitstatus_to_exitcode(ended[1]), client.edge.log_telemetry(key="own", payload={})]
+
+
 def autonomous(client_id, hold=None):
     """Begin a task by the client itself; return its id."""
     client = clients[client_id]

@@ -160,8 +160,8 @@ def fleet_in(folder: Path) -> Iterator[Fleet]:
 
 
 @contextmanager
-def fleet_on(server: SeaweedFS, bucket: str, folder: Path) -> Iterator[Fleet]:
-    """Make a fleet on SeaweedFS."""
+def fleet_on(server: SeaweedFS, bucket: str, folder: Path, *, attempts: int = 5) -> Iterator[Fleet]:
+    """Make a fleet on SeaweedFS, whose clients make so many attempts for each request."""
     uri = f"s3://{bucket}/{uuid.uuid4().hex}/the fleet"
     settings = folder / "settings.toml"
     store = {
@@ -171,7 +171,7 @@ def fleet_on(server: SeaweedFS, bucket: str, folder: Path) -> Iterator[Fleet]:
         "endpoint_url": server.endpoint,
     }
     text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in store.items())
-    settings.write_text(f"[stores.s3]\n{text}")
+    settings.write_text(f"[transfer]\nattempts = {attempts}\n[stores.s3]\n{text}")
     environment = {"STORAGE_SETTINGS_FILE": str(settings)}
     with StorageClient(s3_config(server, "obstore")) as client:
         fleet = Fleet(uri, TaskBoard(uri, client=client), folder, environment, server.endpoint)

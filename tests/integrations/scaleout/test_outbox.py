@@ -15,7 +15,7 @@ from storage import StorageClient
 from storage.cache.owners import new_name
 from storage.errors import IntegrityError, InvalidInput, UnsupportedOperation
 from storage.integrations.scaleout import layout
-from storage.integrations.scaleout.binding import mark
+from storage.integrations.scaleout.binding import Binding, Options, mark
 from storage.integrations.scaleout.documents import Claim, Request, Result, SignOfLife
 from storage.integrations.scaleout.layout import TaskEntry
 from storage.integrations.scaleout.models import ModelStore
@@ -42,6 +42,15 @@ def _outcome(*, model_id: str | None = None, **own: Request | Claim) -> Outcome:
 
 def _delivery(outbox: Outbox, store: ObjectStore) -> Delivery:
     return Delivery(outbox, store, ModelStore(store.client, store.location))
+
+
+def test_a_store_that_cannot_hold_a_fleet_leaves_the_folder_free(tmp_path: Path) -> None:
+    options = Options(str(tmp_path / "state"), (), "cache-first", 600.0, durable=False)
+    for _ in range(2):
+        with pytest.raises(UnsupportedOperation, match="only if it is absent"):
+            Binding(StorageClient(), parse_uri("ftp://host/fleet/"), None, "edge-1", options)
+    binding = Binding(StorageClient(), parse_uri(f"{tmp_path}/fleet/"), None, "edge-1", options)
+    binding.close(0.0)
 
 
 def test_an_outcome_is_read_as_it_was_written() -> None:

@@ -7,7 +7,11 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from storage import GCSConfig, StorageClient
+from storage.errors import InvalidInput
+from storage.integrations.scaleout import StorageRuntime
 from storage.integrations.scaleout.tokens import access_token, with_token
 from storage.uri import parse_uri
 from tests.integrations.scaleout.support import Fleet, until
@@ -190,6 +194,21 @@ def test_a_client_that_has_ended_reports_nothing_until_it_runs_again(fleet: Flee
     found = [each.report for each in fleet.board.reports.records()]
     assert [(each.kind, each.key) for each in found] == [("status", None), ("telemetry", "again")]
     assert found[0].payload == {"status": "here again", "level": "AUDIT", "type": "LIFE"}
+
+
+def test_a_forked_child_waits_for_no_lock_and_reports_nothing(local_fleet: Fleet) -> None:
+    peer = local_fleet.start("edge-1")
+    until(local_fleet.board.clients, "the client is at work")
+    assert peer("fork", client_id="edge-1") == [10, True]
+    assert peer("stop", client_id="edge-1") is None
+    assert [each.report.key for each in local_fleet.board.reports.records()] == ["own"]
+
+
+def test_a_client_that_would_count_as_gone_is_refused() -> None:
+    for options in ({"heartbeat_interval": 600.0}, {"poll_interval": 700.0}, {"silence": 30.0}):
+        with pytest.raises(InvalidInput, match="would count as gone"):
+            StorageRuntime("memory://fleet", **options)  # type: ignore[arg-type]
+    StorageRuntime("memory://fleet", poll_interval=700.0, silence=3600.0)
 
 
 def test_the_runtime_has_all_that_a_client_may_ask_of_it(fleet: Fleet) -> None:

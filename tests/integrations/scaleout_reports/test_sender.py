@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from storage.errors import (
 )
 from storage.integrations.scaleout import records
 from storage.integrations.scaleout import sender as module
+from storage.integrations.scaleout.reporting import Reporting
 from storage.integrations.scaleout.reports import Reports
 from storage.integrations.scaleout.sender import Sender
 from storage.integrations.scaleout.spool import Spool
@@ -291,6 +293,41 @@ def test_who_is_in_a_hurry_waits_for_no_others_but_storms_no_store(
     while time.monotonic() < end:
         fill(spool, 0)
         sender.hurry()
+        time.sleep(0.005)
+    assert 1 <= len(gate.writes) <= 3
+    assert not sender.close(0.1)
+
+
+class _Urgent(Reporting):
+    """The reports of a client, each of a class that waits for no others."""
+
+    def __init__(self, spool: Spool, sender: Sender) -> None:
+        super().__init__()
+        self.binding = SimpleNamespace(spool=spool, sender=sender)
+        self._priorities = SimpleNamespace(is_urgent=lambda name: True)  # type: ignore[assignment]
+
+    def _bound(self) -> Any:
+        return self.binding
+
+    def get_current_task_id(self) -> None:
+        return None
+
+
+def test_alerts_wait_for_no_others_but_storm_no_store(
+    spool: Spool, store: Path, gate: Gate
+) -> None:
+    sender = sender_to(
+        spool, store, client=gate.client(), linger=600.0, wait_initial=0.2, wait_max=10.0
+    )
+    sender.start()
+    client = _Urgent(spool, sender)
+    assert client.send_telemetry("alert", {"value": 1}, priority="alert")
+    until(lambda: sender.counts().delivered == 1)
+    gate.error = away
+    gate.writes.clear()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        assert client.send_telemetry("alert", {"value": 1}, priority="alert")
         time.sleep(0.005)
     assert 1 <= len(gate.writes) <= 3
     assert not sender.close(0.1)
