@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from storage.errors import InvalidInput
 from storage.integrations.kserve import Storage
+from storage.integrations.kserve.batch import bring_all
 from storage.integrations.kserve.initializer import main
 from storage.integrations.kserve.model import _Source
 from storage.transfer.plan import Plan
@@ -319,6 +321,19 @@ def test_what_is_noted_of_a_claim_is_not_linked(
 
     assert main([str(claim), str(tmp_path / "d")]) == 0
     assert os.listdir(tmp_path / "d") == ["model.bin"]
+
+
+def test_a_reserved_name_is_refused_before_anything_is_fetched(
+    model: str, seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, tmp_path: Path
+) -> None:
+    put_all(seaweedfs, shared_bucket, prefix, {"weights/.modelstorage": b"{}"})
+    seen: list[object] = []
+
+    with pytest.raises(InvalidInput, match=r"weights/\.modelstorage"):
+        bring_all([model], [str(tmp_path)], watch=lambda *_: seen.append)
+    assert seen == []
+    bring_all([model], [str(tmp_path)], ignore=["*/.modelstorage"])
+    assert tree(tmp_path) == MODEL
 
 
 def _zip() -> bytes:

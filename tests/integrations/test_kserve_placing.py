@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from storage import files
 from storage.errors import DestinationError, InvalidInput, ObjectExistsError
 from storage.integrations.kserve import placing
 from storage.integrations.kserve.placing import Place
@@ -310,6 +311,21 @@ def test_a_child_that_is_forked_meanwhile_keeps_no_lock(
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def test_another_volume_in_the_folder_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine").write_bytes(b"0")
+    monkeypatch.setattr(
+        files, "is_mount_point", lambda path: str(path) == str(tmp_path / "adapter")
+    )
+
+    with pytest.raises(ObjectExistsError, match="another volume"):
+        put(tmp_path, "s3://b/m", {"adapter/a": b"1"})
+    put(tmp_path, "s3://b/m", V1)
+    assert tree(tmp_path) == {**V1, "adapter/mine": b"0"}
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ _BOTO_THREADS = 10
 _AZURE_CHUNKS = 4
 _MOST_CONNECTIONS = 1024
 _MOST_DIGITS = 9
+# The endpoint that secrets of KServe often name. By path it serves one region alone.
+_AMAZON, _ITS_REGION = "https://s3.amazonaws.com", "us-east-1"
 
 
 class Environment:
@@ -160,6 +162,7 @@ class Environment:
         known = wanted.model_fields
         if location.type == "s3":
             self._check_bundle(fields)
+            _address_by_host(fields)
         elif "ca_bundle" in known and "ca_bundle" not in fields:
             fields["ca_bundle"] = authorities.bundle(oci=location.type == "oci")
         fields = {
@@ -304,3 +307,10 @@ class Environment:
 def _is_signed(location: Location) -> bool:
     """Tell whether the URI of a blob or a file brings its own credential."""
     return re.search(r"(?:^|&)sig=", location.query or "") is not None
+
+
+def _address_by_host(fields: dict[str, Any]) -> None:
+    """Put a bucket of Amazon that is in another region than its endpoint into the host's name."""
+    endpoint = str(fields.get("endpoint_url") or "").rstrip("/")
+    if endpoint == _AMAZON and fields.get("region") not in (None, _ITS_REGION):
+        fields.setdefault("addressing_style", "virtual")

@@ -31,6 +31,7 @@ from storage.integrations.kserve.authorities import Authorities
 from storage.integrations.kserve.environment import Environment
 from storage.integrations.kserve.hdfs import hdfs_source
 from storage.integrations.kserve.local import ARCHIVE, demand, link, on_this_machine
+from storage.integrations.kserve.placing import refuse_reserved
 from storage.integrations.kserve.wish import Wish
 from storage.transfer.plan import Patterns, make_plan
 from storage.transfer.progress import Meter
@@ -261,6 +262,8 @@ class _Source:
 
     def _place(self, plan: Plan | None, folder: str) -> str:
         job = self._job(plan)
+        if plan is not None and not job.unpack:
+            refuse_reserved(file.path for file in plan.files)
         mark = None if plan is None else plan.fingerprint()
         if mark is not None:
             mark = hashlib.sha256(f"{mark} {job.unpack}".encode()).hexdigest()[:32]

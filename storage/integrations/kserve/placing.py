@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
 from types import TracebackType
 from typing import Self
@@ -44,7 +44,7 @@ from storage.integrations.kserve.notes import (
 )
 from storage.transfer.trees import lock_folder
 
-__all__ = ["Place", "abandon"]
+__all__ = ["Place", "abandon", "refuse_reserved"]
 
 _STAGING = re.compile(r"\.modelstorage\.[0-9a-f]{16}")
 # What a download leaves for the next one to go on with.
@@ -223,11 +223,12 @@ class Place:
         Raises:
             InvalidInput: a file of another source of the same call has the same path, or one has
                 a name by which this library keeps account of folders.
-            ObjectExistsError: a file is where a folder should go, or the other way round.
+            ObjectExistsError: a file is where a folder should go, or the other way round, or
+                another volume is mounted there.
             DestinationError: the file system refuses.
         """
         with translate_os_errors(self.folder), self._alone():
-            _refuse_reserved(self.content)
+            refuse_reserved(_paths_in(self.content))
             # Who was killed since this one began noted nothing of what is done here.
             self._settle()
             shares = read_note(self.folder)
@@ -351,6 +352,11 @@ class _Moves:
             self.new.append(path)
             return
         if is_real_folder(here) and is_real_folder(there):
+            if files.is_mount_point(here):
+                raise ObjectExistsError(
+                    f"{shown(here)} is another volume, and the source has a folder of that name; "
+                    "what is moved stays on its volume; name another destination"
+                )
             self._share_folder(path, os.listdir(here))
             for name in sorted(os.listdir(there)):
                 self._visit(os.path.join(path, name))
@@ -405,15 +411,27 @@ def _patience() -> float:
     return current_settings().cache_lock_timeout
 
 
-def _refuse_reserved(content: str) -> None:
-    """Refuse a source that would forge a note, or moves for the next process to finish."""
-    for root, folders, names in os.walk(content):
-        for name in filter(is_reserved, (*folders, *names)):
-            path = os.path.relpath(os.path.join(root, name), content)
+def refuse_reserved(paths: Iterable[str]) -> None:
+    """Refuse a source that would forge a note, or moves for the next process to finish.
+
+    Args:
+        paths: of its files and folders, relative.
+
+    Raises:
+        InvalidInput: one of them has a name by which this library keeps account of folders.
+    """
+    for path in paths:
+        if any(map(is_reserved, path.split("/"))):
             raise InvalidInput(
                 f"the source has {shown(path)}, and by this name folders tell where their files "
                 "came from; remove it there, or leave it out by patterns"
             )
+
+
+def _paths_in(folder: str) -> Iterator[str]:
+    for root, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            yield os.path.relpath(os.path.join(root, name), folder)
 
 
 def _read_moves(record: str) -> tuple[list[str], list[str], dict[str, Share]] | None:
