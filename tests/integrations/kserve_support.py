@@ -14,11 +14,14 @@ from typing import NamedTuple
 from storage.config.base import ConfigModel
 from storage.integrations.kserve.authorities import Authorities
 from storage.integrations.kserve.environment import Environment
+from storage.integrations.kserve.placing import Place
 from storage.uri import parse_uri
 from tests.servers import S3Server
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = {"config.json": b"{}", "weights/part-1.bin": bytes(range(256)) * 40, "empty": b""}
+V1 = {"model.bin": b"1", "config.json": b"1", "old/a": b"1", "old/b": b"1"}
+V2 = {"model.bin": b"2", "config.json": b"22", "new/a": b"2"}
 # What keeps clients from looking for a cloud around them.
 _ALWAYS = ("PATH", "TMPDIR", "AWS_EC2_METADATA_DISABLED", "NO_GCE_CHECK", "STORAGE_CACHE_DIR")
 
@@ -104,3 +107,21 @@ def configs_for(uri: str, variables: Mapping[str, str]) -> list[ConfigModel | No
 def config_for(uri: str, variables: Mapping[str, str]) -> ConfigModel | None:
     """Return the config that is tried first."""
     return configs_for(uri, variables)[0]
+
+
+def put(
+    folder: Path, source: str, files: Mapping[str, bytes], *, beside: tuple[str, ...] = ()
+) -> None:
+    """Bring files of a source to a folder."""
+    with Place(str(folder), source, beside=beside) as place:
+        fill(place, files)
+        place.publish(f"plan of {sorted(files)}")
+
+
+def fill(place: Place, files: Mapping[str, bytes]) -> None:
+    """Let files have arrived at a place."""
+    os.mkdir(place.content)
+    for path, content in files.items():
+        target = Path(place.content, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)

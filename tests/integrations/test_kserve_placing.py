@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,8 @@ from storage import files
 from storage.errors import DestinationError, InvalidInput, ObjectExistsError
 from storage.integrations.kserve import placing
 from storage.integrations.kserve.placing import Place
-from tests.integrations.kserve_support import child_environment, tree
+from tests.integrations.kserve_support import V1, V2, child_environment, fill, put, tree
 from tests.servers import small_disk
-
-
-def put(
-    folder: Path, source: str, files: Mapping[str, bytes], *, beside: tuple[str, ...] = ()
-) -> None:
-    with Place(str(folder), source, beside=beside) as place:
-        fill(place, files)
-        place.publish(f"plan of {sorted(files)}")
-
-
-def fill(place: Place, files: Mapping[str, bytes]) -> None:
-    os.mkdir(place.content)
-    for path, content in files.items():
-        target = Path(place.content, path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-
-
-V1 = {"model.bin": b"1", "config.json": b"1", "old/a": b"1", "old/b": b"1"}
-V2 = {"model.bin": b"2", "config.json": b"22", "new/a": b"2"}
 
 
 def test_files_of_an_older_version_are_gone(tmp_path: Path) -> None:
@@ -169,49 +148,6 @@ def test_what_is_current_is_known_until_it_is_touched(tmp_path: Path) -> None:
     assert not current(mark)
 
 
-@pytest.fixture
-def without_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without extended attributes."""
-
-    def refuse(*args: Any) -> Any:
-        raise OSError(95, "Operation not supported")
-
-    for name in ("getxattr", "setxattr", "removexattr"):
-        monkeypatch.setattr(os, name, refuse)
-
-
-@pytest.mark.usefixtures("without_attributes")
-def test_without_attributes_one_hidden_file_is_enough(tmp_path: Path) -> None:
-    put(tmp_path, "s3://b/one", {"one": b"1", "two": b"1"})
-    put(tmp_path, "s3://b/two", {"three": b"1"})
-    put(tmp_path, "s3://b/one", {"one": b"2"})
-
-    assert sorted(os.listdir(tmp_path)) == [".modelstorage", "one", "three"]
-
-
-def test_a_note_that_is_too_long_for_an_attribute_is_a_file(tmp_path: Path) -> None:
-    many = {f"{'x' * 200}{number}": b"" for number in range(400)}
-    put(tmp_path, "s3://b/m", many)
-    assert sorted(os.listdir(tmp_path)) == sorted([".modelstorage", *many])
-    put(tmp_path, "s3://b/m", {"few": b""})
-    assert os.listdir(tmp_path) == ["few"]
-
-
-@pytest.mark.parametrize("note", [b"", b"[]", b'{"a": 1}', b'{"a": {"paths": ["../x", "/y"]}}'])
-@pytest.mark.usefixtures("without_attributes")
-def test_a_damaged_note_is_as_good_as_none(note: bytes, tmp_path: Path) -> None:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    (tmp_path / "x").write_bytes(b"mine")
-    (folder / ".modelstorage").write_bytes(note)
-
-    put(folder, "s3://b/m", {"a": b"1"})
-    put(folder, "s3://b/m", {"b": b"1"})
-
-    assert sorted(os.listdir(folder)) == [".modelstorage", "b"]
-    assert (tmp_path / "x").read_bytes() == b"mine"
-
-
 def test_a_mount_point_is_filled_in_place() -> None:
     with small_disk() as disk:
         inode = disk.stat().st_ino
@@ -230,50 +166,6 @@ def test_a_folder_that_is_a_link_is_filled_where_it_leads(tmp_path: Path) -> Non
 
     assert tree(tmp_path / "volume") == V2
     assert os.readlink(tmp_path / "models") == "volume"
-
-
-FORGED = f".modelstorage.{'f' * 16}"
-
-
-@pytest.mark.parametrize("name", [".modelstorage", ".modelstorage.new", f"{FORGED}/moving"])
-@pytest.mark.parametrize("below", ["", "adapter/"])
-def test_a_source_cannot_forge_what_is_noted(below: str, name: str, tmp_path: Path) -> None:
-    put(tmp_path, "s3://b/m", V1)
-    with pytest.raises(InvalidInput, match=r"\.modelstorage"):
-        put(tmp_path, "s3://b/m", {"a": b"2", f"{below}{name}": b"{}"})
-
-    assert tree(tmp_path) == V1
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.bin", "old"]
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"old": ["../mine"], "new": [], "shares": {}},
-        {"old": [], "new": ["../theirs"], "shares": {}},
-        {"old": ["a"], "new": [], "shares": []},
-        {"old": ["a"]},
-        "",
-    ],
-)
-def test_moves_that_this_library_never_recorded_are_not_made(
-    record: object, tmp_path: Path
-) -> None:
-    folder, forged = tmp_path / "models", tmp_path / "models" / FORGED
-    (forged / "old").mkdir(parents=True)
-    (forged / "content").mkdir()
-    (forged / "theirs").write_bytes(b"2")
-    (folder / "a").write_bytes(b"1")
-    (tmp_path / "mine").write_bytes(b"1")
-    (forged / "moving").write_text(json.dumps(record) if record else "")
-
-    put(folder, "s3://b/m", V1)
-
-    assert tree(tmp_path) == {
-        "mine": b"1",
-        "models/a": b"1",
-        **{f"models/{path}": content for path, content in V1.items()},
-    }
 
 
 def test_who_was_killed_while_another_was_under_way_forgets_nothing(tmp_path: Path) -> None:
@@ -349,7 +241,7 @@ def _killed_after(moves: int, folder: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         from storage.integrations.kserve import placing
-        from tests.integrations.test_kserve_placing import V2, fill
+        from tests.integrations.kserve_support import V2, fill
 
         folder, moves = sys.argv[1], int(sys.argv[2])
         rename, made = os.rename, 0
