@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["ClientStatus", "TaskBoard", "TaskHandle"]
 
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.2, 5.0
+_READ_AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,16 +266,25 @@ class TaskBoard:
         Args:
             client: those of one client alone; what it did of the tasks for any client is among
                 them.
+
+        Raises:
+            IntegrityError: a result is damaged; :meth:`remove_ended` removes its task.
+            StorageError: the store cannot be asked.
         """
-        for entry in self._entries():
-            if not entry.has_ended or (client is not None and entry.client not in (None, client)):
-                continue
-            data = self._store.read(entry.result)
-            if data is None:
-                continue
-            result = Result.parse(data, self._store.where(entry.result))
-            if client is None or client in (entry.client, result.client):
-                yield _handle(entry), result
+        ended = [
+            entry
+            for entry in self._entries()
+            if entry.has_ended and (client is None or entry.client in (None, client))
+        ]
+        for start in range(0, len(ended), _READ_AT_ONCE):
+            some = ended[start : start + _READ_AT_ONCE]
+            texts = self._store.map(self._store.read, [entry.result for entry in some])
+            for entry, data in zip(some, texts, strict=True):
+                if data is None:
+                    continue
+                result = Result.parse(data, self._store.where(entry.result))
+                if client is None or client in (entry.client, result.client):
+                    yield _handle(entry), result
 
     def tasks(self) -> list[TaskHandle]:
         """Return all tasks on the board that have not ended, the oldest first."""

@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 
 _LONGEST_WAIT = 60.0
 _SLOW = 2.0
+# Times that a look took, for which there is no other one.
+_REST = 3.0
 
 
 class Polling:
@@ -89,8 +91,9 @@ class Polling:
             else:
                 self._succeeded(time.monotonic() - begun)
             took = time.monotonic() - begun
-            # A board on which a look takes long is not listed all the time.
-            self._stop.wait(max(took if self.is_reachable else 0.0, self._wait() - took))
+            # A board with many tasks takes long to list, and costs whoever pays for the store.
+            rest = _REST * took if self.is_reachable else 0.0
+            self._stop.wait(max(rest, self._wait() - took))
 
     def _look(self) -> None:
         if not self._has_joined:

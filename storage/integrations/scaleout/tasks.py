@@ -45,6 +45,8 @@ CONCURRENCY = 4
 """Tasks of a board that a client does at the same time."""
 
 _NOTING_AGAIN = 5.0
+# Ended tasks on a board, each of which is three names to list: the first warning of them.
+_MANY = 1000
 _ENDED = "the client that began it by itself has ended"
 
 
@@ -111,6 +113,7 @@ class TaskRunner:
         # second look.
         self._foreign: set[tuple[str, int]] = set()
         self._requests: dict[str, Request] = {}
+        self._too_many = _MANY
         self._stopping = threading.Event()
         forget_in_child(self)
 
@@ -179,6 +182,7 @@ class TaskRunner:
         self._stop_aborted({entry.id: entry for entry in found})
         self._tell_of_own()
         self._forget({entry.id for entry in found if not entry.has_ended})
+        self._advise(sum(entry.has_ended for entry in found))
         for entry in found:
             if self._stopping.is_set():
                 return
@@ -195,6 +199,15 @@ class TaskRunner:
             self._requests = {
                 task: request for task, request in self._requests.items() if task in but
             }
+
+    def _advise(self, ended: int) -> None:
+        if ended >= self._too_many:
+            self._too_many = 2 * ended
+            _log.warning(
+                "each look for tasks lists %d that have ended; remove_ended() of the board makes "
+                "looks short again",
+                ended,
+            )
 
     def _leave_alone(self, entry: TaskEntry, reason: StorageError) -> None:
         _log.error("task %s is left alone: %s", entry.id, one_line(reason))
