@@ -151,9 +151,10 @@ class Stores(Repositories):
         """Use the endpoint of Amazon that knows one region alone, but by a bucket's host."""
         place = self._literal(name, files, claims)
         host = "s3.amazonaws.com"
-        front = self._front("amazon-tls", self.moto.endpoint, f"{BUCKET}.{host}", host)
-        where = (HOST, front.port)
-        proxy = self._proxy("amazon-proxy", {f"{BUCKET}.{host}": where})
+        # That of the region is as good; the endpoint itself would answer with a redirection.
+        hosts = (f"{BUCKET}.{host}", f"{BUCKET}.s3.eu-west-1.amazonaws.com")
+        front = self._front("amazon-tls", self.moto.endpoint, *hosts)
+        proxy = self._proxy("amazon-proxy", dict.fromkeys(hosts, (HOST, front.port)))
         place.environment |= {
             "AWS_CA_BUNDLE": str(front.ca_file),
             "AWS_DEFAULT_REGION": "eu-west-1",

@@ -48,8 +48,6 @@ _BOTO_THREADS = 10
 _AZURE_CHUNKS = 4
 _MOST_CONNECTIONS = 1024
 _MOST_DIGITS = 9
-# The endpoint that secrets of KServe often name. By path it serves one region alone.
-_AMAZON, _ITS_REGION = "https://s3.amazonaws.com", "us-east-1"
 
 
 class Environment:
@@ -158,11 +156,13 @@ class Environment:
         if stored and location.type == "azure":
             fields.pop("anonymous", None)  # somebody says who we are
         fields |= stored
+        named = fields.get("endpoint_url")
         complete_fields(location.type, fields, self.variables)
         known = wanted.model_fields
         if location.type == "s3":
             self._check_bundle(fields)
-            _address_by_host(fields)
+            if named is not None and fields.get("endpoint_url") is None:
+                _name_region(fields, location.bucket)
         elif "ca_bundle" in known and "ca_bundle" not in fields:
             fields["ca_bundle"] = authorities.bundle(oci=location.type == "oci")
         fields = {
@@ -309,8 +309,11 @@ def _is_signed(location: Location) -> bool:
     return re.search(r"(?:^|&)sig=", location.query or "") is not None
 
 
-def _address_by_host(fields: dict[str, Any]) -> None:
-    """Put a bucket of Amazon that is in another region than its endpoint into the host's name."""
-    endpoint = str(fields.get("endpoint_url") or "").rstrip("/")
-    if endpoint == _AMAZON and fields.get("region") not in (None, _ITS_REGION):
-        fields.setdefault("addressing_style", "virtual")
+def _name_region(fields: dict[str, Any], bucket: str) -> None:
+    """Name the endpoint of a bucket's region, where Amazon's global one was taken away.
+
+    Without it the variable ``AWS_ENDPOINT_URL`` would bring the global one back.
+    """
+    fields["endpoint_url"] = f"https://s3.{fields['region']}.amazonaws.com"
+    # A certificate of Amazon's is for one label.
+    fields.setdefault("addressing_style", "path" if "." in bucket else "virtual")
