@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import threading
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 
 from storage.awaitable import run_blocking
+from storage.errors import TransferError
 
 if TYPE_CHECKING:
     from storage.client.client import StorageClient
@@ -30,6 +32,8 @@ class AsyncFile:
         """Wrap a file that is open."""
         self._file = file
         self._lock = threading.Lock()
+        # Nobody can tell how much of a write that was cancelled is in the file.
+        self._unsure = False
 
     @property
     def closed(self) -> bool:
@@ -70,15 +74,37 @@ class AsyncFile:
         return await self._alone(self._file.tell)
 
     async def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Write all of ``data`` and return its size; it is stored when the file is closed."""
-        return await self._alone(self._file.write, data)
+        """Write all of ``data`` and return its size; it is stored when the file is closed.
+
+        After a write that was cancelled the file takes no other, and is not stored.
+
+        Raises:
+            TransferError: a write to it was cancelled.
+        """
+        if self._unsure:
+            raise self._unsure_error()
+        try:
+            return await self._alone(self._file.write, data)
+        except asyncio.CancelledError:
+            self._unsure = True
+            raise
+
+    def _unsure_error(self) -> TransferError:
+        return TransferError(
+            "a write to this file was cancelled, and may be in it or not; nothing is stored; open "
+            "the object again and write all of it"
+        )
 
     async def close(self) -> None:
         """Close the file; what was written is stored now.
 
         Raises:
             ObjectExistsError: the file was opened with ``xb`` and the object exists.
+            TransferError: a write to it was cancelled; nothing is stored.
         """
+        if self._unsure and not self.closed:
+            await self._alone(_drop, self._file)
+            raise self._unsure_error()
         await self._alone(self._file.close)
 
     async def __aenter__(self) -> Self:
@@ -90,7 +116,10 @@ class AsyncFile:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._alone(self._file.__exit__, exc_type, exc, traceback)
+        if exc_type is None:
+            await self.close()
+        else:
+            await self._alone(self._file.__exit__, exc_type, exc, traceback)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while line := await self.readline():

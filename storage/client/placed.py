@@ -80,7 +80,7 @@ class PlacedDownload:
                     check_space(os.path.dirname(destination.content), manifest.size)
                 with translate_os_errors(destination.path):
                     self._fill(manifest, destination.content)
-                return turn.publish()
+                return turn.publish(version)
 
     def _fill(self, manifest: Manifest, root: str) -> None:
         for folder in manifest.folders:
@@ -242,11 +242,15 @@ class _Turn:
         self.found = self._is_there()
         if self._version is None or self.found:
             return self
-        with contextlib.suppress(OSError):  # whoever cannot write there says so soon
-            self._made = make_parents(os.path.dirname(self._destination.path))
-            self._folder = self._destination.reserved(self._source)
-            self._lock = self._wait(os.path.join(self._folder, _LOCK))
-            self.found = self._is_there()
+        try:
+            with contextlib.suppress(OSError):  # whoever cannot write there says so soon
+                self._made = make_parents(os.path.dirname(self._destination.path))
+                self._folder = self._destination.reserved(self._source)
+                self._lock = self._wait(os.path.join(self._folder, _LOCK))
+                self.found = self._is_there()
+        except BaseException as exc:
+            self.__exit__(type(exc), exc, exc.__traceback__)
+            raise
         return self
 
     def _wait(self, file: str) -> SourceLock:
@@ -266,13 +270,14 @@ class _Turn:
         traceback: TracebackType | None,
     ) -> None:
         lock, self._lock = self._lock, None
-        if lock is not None and self._folder is not None:
+        if self._folder is not None:
             file = os.path.join(self._folder, _LOCK)
             with contextlib.suppress(OSError):
-                if lock.acquired or not is_locked(file):
+                if (lock is not None and lock.acquired) or not is_locked(file):
                     # While it is held: whoever waits for it begins again with a new one.
                     os.unlink(file)
-            lock.__exit__(exc_type, exc, traceback)
+            if lock is not None:
+                lock.__exit__(exc_type, exc, traceback)
             with contextlib.suppress(OSError):
                 os.rmdir(self._folder)
         for folder in reversed(self._made if exc_type is not None else []):
@@ -299,13 +304,14 @@ class _Turn:
         """Tell whether what was written in ``boot``, or forced to disk, counts."""
         return boot is None or (not self._durable and boot == boot_id())
 
-    def publish(self, version: str | None = None) -> str:
+    def publish(self, version: str | None) -> str:
         """Publish what is staged, and note what it is.
 
         Args:
-            version: that arrived, if it is not the one that was expected.
+            version: that arrived, which need not be the one that was expected; ``None`` if
+                nothing tells it.
         """
-        version = self._version if self._version is None else version or self._version
+        version = None if self._version is None else version
         boot = None if self._durable else boot_id()
         if version is None or (boot is None and not self._durable):
             return self._destination.publish()

@@ -23,6 +23,7 @@ __all__ = ["HeldVersion", "VersionFolders"]
 _NAME = re.compile(r"v-[0-9a-f]{16}")
 _REMOVED = re.compile(r"\.v-[0-9a-f]{16}\.[0-9a-f]{16}\.removed")
 _TRIES = 10
+_PAUSE = 0.05
 
 
 class HeldVersion:
@@ -60,18 +61,14 @@ class VersionFolders:
             DestinationError: the folder cannot be written, or is removed again and again.
         """
         folder = os.path.join(self._root, f"v-{hashlib.sha256(version.encode()).hexdigest()[:16]}")
-        for _ in range(_TRIES):
+        for tries in range(_TRIES):
             cancellation.check()
             path = fetch(os.path.join(folder, ""))
-            with translate_os_errors(folder), contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                # Where nothing can be locked, nothing is removed either.
-                with contextlib.suppress(OSError):
-                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                # Somebody may have removed it before it was locked.
-                if _is(descriptor, folder):
-                    return HeldVersion(path, descriptor)
-                os.close(descriptor)
+            with translate_os_errors(folder):
+                descriptor = _hold(folder)
+            if descriptor is not None:
+                return HeldVersion(path, descriptor)
+            cancellation.pause(_PAUSE * (tries + 1))
         raise DestinationError(
             f"{shown(folder)} was removed {_TRIES} times right after a model was put there; "
             "something else tidies up in that folder; name another one"
@@ -99,6 +96,35 @@ class VersionFolders:
                 remove(gone)
             finally:
                 os.close(descriptor)
+
+
+def _hold(folder: str) -> int | None:
+    """Open and lock a folder; ``None`` if somebody removes it just now, or has done so."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    held = False
+    try:
+        held = _lock(descriptor) and _is(descriptor, folder)
+    except FileNotFoundError:
+        pass
+    finally:
+        if not held:
+            os.close(descriptor)
+    return descriptor if held else None
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a folder, shared; tell whether nobody removes it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # Where nothing can be locked, nothing is removed either.
+        return True
+    return True
 
 
 def _is(descriptor: int, path: str) -> bool:

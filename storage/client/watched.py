@@ -11,6 +11,11 @@ __all__ = ["WatchedModel", "WatchedSource"]
 class WatchedSource(ABC):
     """Where versions come from."""
 
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What tells it from other sources, whose versions may be called the same."""
+
     @abstractmethod
     def look(self) -> str | None:
         """Return what tells the version that is there now; ``None`` if nothing does."""

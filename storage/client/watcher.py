@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from storage.client.offline import offline_mode
+from storage.client.sourcing import source_of
 from storage.client.watched import WatchedModel, WatchedSource
 from storage.client.watching import OnChange, OnError, Watcher, WatchOptions
+from storage.transfer.plan import Patterns
 from storage.uri import parse_uri
 
 if TYPE_CHECKING:
@@ -62,8 +64,8 @@ class ModelWatcher(Watcher):
                 function is called by the event loop that started the watcher, or by one of
                 its own.
             client: does the work; one of its own, from the environment, if ``None``.
-            interval: seconds between two looks, a tenth more or less. After failures it is
-                doubled, up to ten times as much.
+            interval: seconds between two looks, a tenth more or less. From the second
+                failure in a row on it is doubled by each, up to ten times as much.
             dest: a folder for the versions, each in one of its own; it is the watchers' alone,
                 who remove in it what no process uses. ``None`` keeps them in the cache.
             initial: whether the version that is there first is told, too.
@@ -128,6 +130,13 @@ class _UriSource(WatchedSource):
     @property
     def _is_offline(self) -> bool:
         return offline_mode(self._client.settings, self.location, None) is True
+
+    @property
+    def identity(self) -> str:
+        choice = self._choice
+        config = self._client.resolve_config(self.location, choice["config"])
+        patterns = Patterns(choice["allow_patterns"], choice["ignore_patterns"])
+        return source_of(self.location, config, patterns, self._options["unpack"]).id
 
     def look(self) -> str | None:
         if self._is_offline:

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
 import os
 import random
 import threading
@@ -102,7 +103,8 @@ class Watcher:
         Raises:
             InvalidInput: an argument is unusable.
         """
-        if options.interval <= 0 or options.settle < 0:
+        finite = math.isfinite(options.interval) and math.isfinite(options.settle)
+        if not finite or options.interval <= 0 or options.settle < 0:
             raise InvalidInput(
                 f"{name}: an interval is more than 0 seconds, and settling takes none or more; "
                 f"not {options.interval!r} and {options.settle!r}"
@@ -243,6 +245,8 @@ class Watcher:
             StorageError: the store cannot be asked, or the model cannot be fetched.
         """
         self._be_here()
+        if self._token.cancelled and self._thread is None and not self._iterating:
+            self._token = CancellationToken()  # it was stopped
         model = self._find()
         if model is not None:
             self._accept(model)
@@ -354,7 +358,7 @@ class Watcher:
         """Return what is there now; of one version, not of two."""
         for _ in range(_TRIES):
             if self._options.settle:
-                cancellation.pause(self._options.settle)
+                cancellation.pause(min(self._options.settle, threading.TIMEOUT_MAX))
                 before, version = version, self._source.look()
                 if version != before:
                     continue
@@ -387,7 +391,7 @@ class Watcher:
                 "without a destination, so that contents are compared in the cache"
             )
         held = folders.obtain(
-            f"{self._name} {version}", lambda dest: self._source.fetch(version, dest)
+            f"{self._source.identity} {version}", lambda dest: self._source.fetch(version, dest)
         )
 
         def release() -> None:
@@ -416,7 +420,8 @@ class Watcher:
     def _delay(self) -> float:
         """Return the seconds until the next look."""
         times = min(2.0 ** max(0, min(self._failures, 10) - 1), _BACKOFF)
-        return self._options.interval * times * random.uniform(1 - _JITTER, 1 + _JITTER)
+        delay = self._options.interval * times * random.uniform(1 - _JITTER, 1 + _JITTER)
+        return min(delay, threading.TIMEOUT_MAX)
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
@@ -430,13 +435,20 @@ class Watcher:
 
     def _call(self, function: Callable[[Any], object], argument: object) -> None:
         """Call a function; wait for what it returns, if that is to be awaited."""
-        with cancellable(None):
-            result = function(argument)
-            if not inspect.isawaitable(result):
-                return None
-            if self._loop is None:
-                asyncio.run(_finish(result))
-                return None
+        try:
+            with cancellable(None):
+                result = function(argument)
+                if not inspect.isawaitable(result):
+                    return None
+                if self._loop is None:
+                    asyncio.run(_finish(result))
+                    return None
+        except (asyncio.CancelledError, SystemExit, KeyboardInterrupt) as exc:
+            # It would end the thread, and the server would never hear of a new version.
+            raise TransferError(
+                f"{self._name}: what was told of it ended by {type(exc).__name__}; the watcher "
+                "goes on, and stop() ends it"
+            ) from exc
         coroutine = _finish(result)
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from storage.client.offline import offline_mode
+from storage.client.sourcing import source_of
 from storage.client.watched import WatchedSource
 from storage.client.watching import OnChange, OnError, Watcher, WatchOptions
 from storage.errors import ObjectChangedError
 from storage.registry import layout
 from storage.registry.pull import make_pull
+from storage.transfer.plan import Patterns
 
 if TYPE_CHECKING:
     from storage.client.signatures import RequireSignature
@@ -95,6 +97,14 @@ class _RegistrySource(WatchedSource):
         self._model = model
         self._reference = reference
         self._choice = choice
+
+    @property
+    def identity(self) -> str:
+        registry, choice = self._registry, self._choice
+        config = registry.client.resolve_config(registry.location, registry.config)
+        patterns = Patterns(choice["allow_patterns"], choice["ignore_patterns"])
+        source = source_of(registry.location, config, patterns, False)
+        return f"{source.id} {self._model}@{self._reference}"
 
     @property
     def _is_offline(self) -> bool:
