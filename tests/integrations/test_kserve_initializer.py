@@ -11,7 +11,7 @@ import threading
 import time
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -189,6 +189,25 @@ def _zip() -> bytes:
         for path, content in MODEL.items():
             archive.writestr(path, content)
     return written.getvalue()
+
+
+def test_sources_that_their_queries_tell_apart_are_two(
+    odd_http: Callable[..., OddHTTP], tmp_path: Path
+) -> None:
+    def answer(request: Request) -> Reply:
+        name = request.target.partition("file=")[2]
+        return Reply(body=tar({name: b"1"}))
+
+    url = f"{odd_http(answer).url}/model.tar.gz"
+    target = tmp_path / "d"
+
+    assert main([f"{url}?file=a", str(target), f"{url}?file=b", str(target)]) == 0
+    assert tree(target) == {"a": b"1", "b": b"1"}
+    Storage.download(f"{url}?sig=1&file=c", str(target))
+    Storage.download(f"{url}?sig=2&file=d", str(target))
+    assert tree(target) == {"a": b"1", "b": b"1", "d": b"1"}
+    with pytest.raises(InvalidInput, match="credential"):
+        Storage.download_files([f"{url}?sig=1&file=a", f"{url}?sig=1&file=b"], [str(target)] * 2)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlsplit
 
-from storage.errors import redact
+from storage.errors import InvalidInput, redact
 from storage.integrations.kserve.local import path_of
 from storage.integrations.kserve.placing import Place
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from storage.transfer.progress import ProgressCallback
 
 __all__ = ["Wish"]
+
+# Names of parameters of a query.
+_CREDENTIAL = re.compile(r"sig|token|key|secret|pass|cred|auth|code", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,17 @@ class Wish:
     progress: ProgressCallback | None = None
 
     def place(self, folder: str) -> Place:
-        """Return the place of the source in ``folder``."""
+        """Return the place of the source in ``folder``.
+
+        Raises:
+            InvalidInput: nothing but credentials tells it from another source of the call.
+        """
         beside = [_identity(uri) for uri in self.beside]
+        if self.uri not in self.beside and _identity(self.uri) in beside:
+            raise InvalidInput(
+                f"two sources of this call are {redact(self.uri)}, and only what may be a "
+                "credential tells them apart; give them folders of their own"
+            )
         only = None if self.only is None else [_identity(uri) for uri in self.only]
         return Place(folder, _identity(self.uri), beside=beside, only=only)
 
@@ -44,4 +58,10 @@ class Wish:
 def _identity(uri: str) -> str:
     """Return what tells a source from others, without what may be a credential."""
     path = path_of(uri)
-    return f"file://{os.path.abspath(path)}" if path is not None else redact(uri)
+    if path is not None:
+        return f"file://{os.path.abspath(path)}"
+    query = urlsplit(uri).query
+    # A signature is another one tomorrow, and the source is the same.
+    if any(_CREDENTIAL.search(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
+        query = ""
+    return f"{redact(uri)}?{query}" if query else redact(uri)
