@@ -29,7 +29,6 @@ class Classes:
     StoppedException: Any
     UnknownTaskType: Any
     StatusType: Any
-    TaskType: Any
     LoggingContext: Any
     InferenceContext: Any
     ScaleoutModel: Any
@@ -60,7 +59,6 @@ def scaleout_classes() -> Classes:
             StoppedException=receiver.StoppedException,
             UnknownTaskType=receiver.UnknownTaskType,
             StatusType=_module("scaleoututil.grpc.statustype").StatusType,
-            TaskType=_module("scaleoututil.grpc.tasktype").TaskType,
             LoggingContext=_module("scaleout.client.logging_context").LoggingContext,
             InferenceContext=_module("scaleout.client.inference_context").InferenceContext,
             ScaleoutModel=_module("scaleoututil.utils.model").ScaleoutModel,

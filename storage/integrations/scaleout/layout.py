@@ -32,7 +32,6 @@ __all__ = [
     "CLIENTS",
     "MARKER",
     "MODELS",
-    "MODEL_SUFFIX",
     "REPORTS",
     "TASKS",
     "TaskEntry",
@@ -51,7 +50,7 @@ __all__ = [
 
 MARKER = "fleet.json"
 MODELS = "models/"
-MODEL_SUFFIX = ".scm"
+_MODEL_SUFFIX = ".scm"
 REPORTS = "reports/"
 CLIENTS = "clients/"
 TASKS = "tasks/"
@@ -120,7 +119,7 @@ def model_key(model_id: str) -> str:
     Raises:
         InvalidInput: that cannot be the id of one.
     """
-    return f"{MODELS}{check_model(model_id)}{MODEL_SUFFIX}"
+    return f"{MODELS}{check_model(model_id)}{_MODEL_SUFFIX}"
 
 
 # -- clients ---------------------------------------------------------------------------------

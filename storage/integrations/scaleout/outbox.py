@@ -193,6 +193,7 @@ class Delivery:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._idle = threading.Event()
+        self._is_away = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -200,8 +201,13 @@ class Delivery:
         self._thread = threading.Thread(target=self._run, name="scaleout outbox", daemon=True)
         self._thread.start()
 
+    def hurry(self) -> None:
+        """Look for what is new. A store that could not be reached is asked no sooner."""
+        if not self._is_away:
+            self.wake()
+
     def wake(self) -> None:
-        """Look at once: there is something new, or the store can be reached again."""
+        """Look at once, whatever was to be waited for: the store can be reached again."""
         self._idle.clear()
         self._wake.set()
 
@@ -267,10 +273,15 @@ class Delivery:
             self._wake.clear()
             try:
                 self.deliver()
+                if self._is_away:
+                    # Whoever was not listened to may have come after the list was made.
+                    self._is_away = False
+                    self._wake.set()
                 if not self._wake.is_set():
                     self._idle.set()
                 wait = 0.0
             except StorageError as exc:
+                self._is_away = isinstance(exc, TransferError)
                 self._idle.set()
                 wait = min(max(_SHORTEST_WAIT, 2 * wait), _LONGEST_WAIT)
                 _log.warning("results stay here for %.0f s more: %s", wait, one_line(exc))

@@ -16,7 +16,7 @@ import math
 import numbers
 import time as clocks
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
 
@@ -147,11 +147,6 @@ class Record:
         number = fields.pop("number")
         fields["time"] = documents.read_time(fields["time"], where)
         return cls(client, stream, number, Report(**fields, **others))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything in one plain dict; ``time`` stays a time."""
-        fields = asdict(self.report)
-        return {"client": self.client, "stream": self.stream, "number": self.number, **fields}
 
 
 def report(

@@ -214,7 +214,7 @@ class StorageRuntime(Reporting):
                 binding.outbox,
                 classes,
                 concurrency=self._concurrency,
-                on_outcome=binding.delivery.wake,
+                on_outcome=binding.delivery.hurry,
             )
             if not self._is_offline():
                 binding.start()

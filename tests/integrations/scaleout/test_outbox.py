@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
+import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from storage import StorageClient
 from storage.cache.owners import new_name
-from storage.errors import IntegrityError, InvalidInput, UnsupportedOperation
-from storage.integrations.scaleout import layout
+from storage.errors import IntegrityError, InvalidInput, UnreachableError, UnsupportedOperation
+from storage.integrations.scaleout import layout, tasks
 from storage.integrations.scaleout.binding import Binding, Options, mark
 from storage.integrations.scaleout.documents import Claim, Request, Result, SignOfLife
 from storage.integrations.scaleout.layout import TaskEntry
 from storage.integrations.scaleout.models import ModelStore
 from storage.integrations.scaleout.outbox import Delivery, Outbox, Outcome
+from storage.integrations.scaleout.polling import Polling
 from storage.integrations.scaleout.presence import Presence, folder_id
 from storage.integrations.scaleout.tasks import TaskRunner
 from storage.registry.objects import ObjectStore
@@ -42,6 +46,63 @@ def _outcome(*, model_id: str | None = None, **own: Request | Claim) -> Outcome:
 
 def _delivery(outbox: Outbox, store: ObjectStore) -> Delivery:
     return Delivery(outbox, store, ModelStore(store.client, store.location))
+
+
+def _runner(store: ObjectStore, outbox: Outbox) -> TaskRunner:
+    """Return one that cannot do anything."""
+    unused: Any = None
+    presence = Presence(store, "edge-1", "this folder")
+    return TaskRunner(
+        store,
+        "edge-1",
+        presence,
+        unused,
+        outbox,
+        unused,
+        concurrency=1,
+        on_outcome=lambda: None,
+    )
+
+
+def test_many_ended_tasks_are_told_of_once_and_again_when_they_have_doubled(
+    store: ObjectStore,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks, "_MANY", 3)
+    runner = _runner(store, Outbox(str(tmp_path / "outbox")))
+    told = []
+    for _ in range(7):
+        outcome = _outcome()
+        assert store.create(outcome.entry.request, Request.of("infer", "m", {}).dumps())
+        assert store.create(outcome.entry.result, outcome.result.dumps())
+        runner.poll()
+        told.append(caplog.text.count("remove_ended()"))
+    assert told == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_client_rests_longer_than_a_look_takes() -> None:
+    looks = []
+
+    class Slow:
+        def poll(self) -> None:
+            looks.append(time.monotonic())
+            time.sleep(0.1)
+
+        def running(self) -> tuple[str, ...]:
+            return ()
+
+    binding: Any = SimpleNamespace(sign=lambda *args, **how: None, join=lambda: None)
+    runner: Any = Slow()
+    polling = Polling(
+        binding, runner, lambda: "x", interval=0.01, heartbeat=None, looks_for_tasks=True
+    )
+    polling.start()
+    while len(looks) < 3:
+        time.sleep(0.01)
+    polling.stop(10.0)
+    assert all(later - look >= 0.4 for look, later in itertools.pairwise(looks))
 
 
 def test_a_store_that_cannot_hold_a_fleet_leaves_the_folder_free(tmp_path: Path) -> None:
@@ -123,6 +184,29 @@ def test_the_first_result_of_a_task_counts(store: ObjectStore, tmp_path: Path) -
     assert Result.parse(store.read(outcome.entry.result) or b"", "here") == first
 
 
+def test_new_results_storm_no_store_that_is_away(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = Outbox(str(tmp_path / "outbox"))
+    delivery = _delivery(outbox, store)
+    tries = []
+
+    def away(name: str, data: bytes) -> bool:
+        tries.append(name)
+        raise UnreachableError("nobody answers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "create", away)
+        delivery.start()
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            outbox.put(_outcome())
+            delivery.hurry()
+            time.sleep(0.01)
+        assert len(tries) in (1, 2)
+    assert delivery.close(10.0)
+
+
 def test_a_task_whose_result_waits_here_is_not_done_again(
     store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -132,18 +216,7 @@ def test_a_task_whose_result_waits_here_is_not_done_again(
     assert store.create(entry.request, Request.of("infer", "m", {}).dumps())
     assert store.create(entry.claimed(1), Claim("edge-1", "before", "this folder").dumps())
     outbox.put(outcome)
-    presence = Presence(store, "edge-1", "this folder")
-    unused: Any = None
-    runner = TaskRunner(
-        store,
-        "edge-1",
-        presence,
-        unused,
-        outbox,
-        unused,
-        concurrency=1,
-        on_outcome=lambda: None,
-    )
+    runner = _runner(store, outbox)
     runner.poll()
     assert store.names(layout.TASKS) == [entry.claimed(1), entry.request]
     _delivery(outbox, store).deliver()

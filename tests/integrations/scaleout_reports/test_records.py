@@ -28,8 +28,8 @@ def test_a_record_says_what_the_client_said_and_when() -> None:
     assert found.id == "f00d-3"
     assert abs((found.report.time - before).total_seconds()) < 5
     assert found.report.kind == "metric"
-    assert found.as_dict()["step"] == 7
-    assert found.as_dict()["payload"] == {"loss": 0.5}
+    assert found.report.step == 7
+    assert found.report.payload == {"loss": 0.5}
 
 
 def test_what_a_later_release_adds_to_a_record_is_left_alone() -> None:
