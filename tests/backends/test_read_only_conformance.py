@@ -10,8 +10,8 @@ import pytest
 from storage.backends import open_backend
 from storage.backends.base import Backend, OpenOptions
 from storage.config import AzureConfig, ModelScopeConfig
-from storage.testing.conformance import BackendConformance
 from storage.uri import parse_uri
+from tests.backends.reading import ReadingConformance
 from tests.servers.azure_files import ACCOUNT, AzureFiles
 from tests.servers.git_http import GitHTTP
 from tests.servers.modelscope import ModelScope
@@ -64,7 +64,7 @@ class GitRaw:
         return set(self._git("ls-tree", "-rz", "--name-only", "main").split("\0")) - {""}
 
 
-class TestGit(BackendConformance):
+class TestGit(ReadingConformance):
     count = 40
     exceptions: ClassVar = {
         **{
@@ -101,7 +101,7 @@ class TestGit(BackendConformance):
         return open_backend(parse_uri(git_server.uri("missing")), None, OpenOptions())
 
 
-class TestModelScope(BackendConformance):
+class TestModelScope(ReadingConformance):
     exceptions: ClassVar = {"test_directory_markers_are_not_listed": _NO_FOLDERS}
 
     @pytest.fixture
@@ -130,7 +130,7 @@ class TestModelScope(BackendConformance):
         return DictRaw(files, files.__setitem__)
 
 
-class TestAzureFiles(BackendConformance):
+class TestAzureFiles(ReadingConformance):
     exceptions: ClassVar = {
         **{
             f"{test}[{case}]": "the service has no backslashes in names"

@@ -184,9 +184,11 @@ class LargeFiles:
 def _error_of(told: Any, where: str) -> StorageError:
     """Return the error of ours for what a host says of one file."""
     code, said = int(told["code"]), one_line(told.get("message") or "")
-    text = f"{where}: its host does not give this large file away ({code}: {said})"
     if code in (404, 410):
-        return ModelMissingError(where, text)
+        return ModelMissingError(
+            where, f"{where}: its host does not have this large file ({code}: {said})"
+        )
+    text = f"{where}: its host does not give this large file away ({code}: {said})"
     if code in (401, 403):
         return AuthenticationError(f"{text}; check the credentials")
     return TransientError(text) if code == 429 or code >= 500 else StorageError(text)
