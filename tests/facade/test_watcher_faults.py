@@ -25,7 +25,6 @@ from storage import (
 )
 from storage.cache.locks import SourceLock
 from storage.cancellation import CancellationToken, OperationCancelledError, cancellable
-from storage.client import placed
 from storage.client.versions import VersionFolders
 
 
@@ -163,11 +162,12 @@ def test_watchers_of_other_files_share_a_folder_and_no_version(
 ) -> None:
     (source / "b").write_text("2")
     shared = tmp_path / "versions"
+    choices: list[dict[str, Any]] = [{"allow_patterns": "a"}, {"ignore_patterns": "a"}]
     with StorageClient() as client:
         client.copy_object(source, "memory://faults-shared/m")
         one, two = (
             ModelWatcher("memory://faults-shared/m", client=client, dest=shared, **choice).check()
-            for choice in ({"allow_patterns": "a"}, {"ignore_patterns": "a"})
+            for choice in choices
         )
         assert one is not None
         assert two is not None
@@ -225,7 +225,7 @@ def test_who_is_cancelled_while_waiting_for_a_turn_leaves_no_folder(
         token.check()
         raise AssertionError
 
-    monkeypatch.setattr(placed.SourceLock, "__enter__", cancelled)
+    monkeypatch.setattr(SourceLock, "__enter__", cancelled)
     with StorageClient() as client:
         client.copy_object(source, "memory://faults-turn/m")
         with cancellable(token), pytest.raises(OperationCancelledError):
