@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
-__all__ = ["azure_account", "azure_host", "git_repository"]
+__all__ = ["azure_account", "azure_host", "endpoint_fault", "git_repository"]
 
 # An account has one host for each service, in the domain of its cloud or in a DNS zone.
 _AZURE_HOST = re.compile(
@@ -48,4 +49,21 @@ def git_repository(path: str) -> tuple[str, str | None, str] | None:
         if name == ".git" and (index == 0 or any(rest)):
             continue
         return "/".join([*segments[:index], name]), revision or None, "/".join(rest)
+    return None
+
+
+def endpoint_fault(url: str) -> str | None:
+    """Return what the URL of a service lacks, or has and may not have; ``None`` if it is right."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host, parts = None, urlsplit("")
+    # Some clients take white space for the end of the program.
+    if parts.scheme not in ("http", "https") or not host or re.search(r"\s", url):
+        return "a URL is needed, such as https://store.example:9000"
+    if parts.username is not None or parts.password is not None:
+        return "a URL without user and password is needed; they have their own fields"
+    if parts.query or parts.fragment:
+        return "a URL without a query and a fragment is needed"
     return None

@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
+from storage.addresses import endpoint_fault
 from storage.errors import ConfigurationError, one_line
 
 __all__ = [
@@ -209,17 +210,9 @@ def _path_text(value: Any) -> Any:
 
 
 def _endpoint(value: str) -> str:
-    try:
-        parts = urlsplit(value)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        host, parts = None, urlsplit("")
-    if parts.scheme not in ("http", "https") or not host:
-        raise ValueError("a URL is needed, such as https://store.example:9000")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("a URL without user and password is needed; they have their own fields")
-    if parts.query or parts.fragment:
-        raise ValueError("a URL without a query and a fragment is needed")
+    fault = endpoint_fault(value)
+    if fault is not None:
+        raise ValueError(fault)
     return value.rstrip("/")
 
 

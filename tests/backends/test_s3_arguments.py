@@ -68,6 +68,17 @@ def test_endpoint_of_the_config_wins_over_the_environment(monkeypatch: pytest.Mo
     assert s3fs_arguments(config)["endpoint_url"] == "http://mine:2"
 
 
+@pytest.mark.parametrize("driver", ["obstore", "fsspec"])
+@pytest.mark.parametrize("url", ["no url", "http://no url", "ftp://host", "http://u:geheim@host"])
+def test_an_endpoint_that_is_none_is_a_configuration_error(
+    url: str, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    with pytest.raises(ConfigurationError, match="AWS_ENDPOINT_URL: a URL") as caught:
+        obstore(None) if driver == "obstore" else s3fs_arguments(None)
+    assert "geheim" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("explicit", "expected"), [(None, "eu-west-1"), ("us-east-1", "us-east-1")]
 )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from storage.addresses import endpoint_fault
 from storage.backends.base import Backend, Capabilities, OpenOptions
 from storage.backends.network import Network, with_timeouts
 from storage.backends.s3.answers import from_code
@@ -194,13 +195,10 @@ def _region(config: S3Config | None) -> str:
 
 
 def _endpoint(config: S3Config | None) -> str | None:
-    endpoint = config.endpoint_url if config is not None else None
-    endpoint = (
-        endpoint
-        or os.environ.get("AWS_ENDPOINT_URL_S3")
-        or os.environ.get("AWS_ENDPOINT_URL")
-        or None
-    )
+    named = {name: os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")}
+    if config is not None:
+        named = {"endpoint_url": config.endpoint_url, **named}
+    origin, endpoint = next(((name, url) for name, url in named.items() if url), ("", None))
     use_ssl = config is None or config.use_ssl
     if endpoint is None:
         if config is not None and config.use_accelerate:
@@ -208,6 +206,9 @@ def _endpoint(config: S3Config | None) -> str | None:
         return None if use_ssl else f"http://s3.{_region(config)}.amazonaws.com"
     if "://" not in endpoint:
         endpoint = f"http{'s' if use_ssl else ''}://{endpoint}"
+    fault = endpoint_fault(endpoint)
+    if fault is not None:
+        raise ConfigurationError(f"{origin}: {fault}; it is {one_line(repr(endpoint), 80)}")
     return endpoint.rstrip("/")
 
 
