@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import InvalidInput
+from storage.errors import IntegrityError, InvalidInput, SignatureError
 from storage.integrations.kserve import Storage
 from storage.integrations.kserve.batch import bring_all
 from storage.integrations.kserve.initializer import main
@@ -29,6 +29,7 @@ from tests.integrations.kserve_support import (
     child_environment,
     command,
     initialize,
+    public_key,
     put_all,
     tar,
     tree,
@@ -310,6 +311,22 @@ def test_a_restarted_container_fetches_nothing_again(
     (tmp_path / "config.json").write_bytes(b"broken")
     assert main([model, str(tmp_path)]) == 0
     assert tree(tmp_path) == MODEL
+
+
+def test_what_is_there_already_has_to_have_what_is_demanded_now(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = f"{model}/config.json"
+    folders = [str(tmp_path / name) for name in ("one", "tree")]
+    Storage.download_files([config, model], folders)
+
+    with pytest.raises(IntegrityError):
+        Storage.download(f"{config}#sha256={'0' * 64}", folders[0])
+    (tmp_path / "public.pem").write_bytes(public_key())
+    monkeypatch.setenv("STORAGE_REQUIRE_SIGNATURE", str(tmp_path / "public.pem"))
+    for source, folder in zip((config, model), folders, strict=True):
+        with pytest.raises(SignatureError):
+            Storage.download(source, folder)
 
 
 def test_a_source_that_changed_on_its_way_is_not_taken_for_what_it_was(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.integrations.kserve.initializer import main
-from tests.integrations.kserve_support import MODEL, tar, tree
+from tests.integrations.kserve_support import MODEL, public_key, tar, tree
 
 
 def test_a_claim_is_linked_and_not_copied(tmp_path: Path) -> None:
@@ -99,17 +99,9 @@ def test_a_digest_is_expected_of_what_is_here(
 def test_a_signature_is_demanded_of_what_is_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.bin").write_bytes(b"1")
-    key = Ed25519PrivateKey.generate().public_key()
-    (tmp_path / "public.pem").write_bytes(
-        key.public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
+    (tmp_path / "public.pem").write_bytes(public_key())
     monkeypatch.setenv("STORAGE_REQUIRE_SIGNATURE", str(tmp_path / "public.pem"))
 
     assert main([str(tmp_path / "model"), str(tmp_path / "d")]) == 1

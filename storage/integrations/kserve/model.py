@@ -266,7 +266,9 @@ class _Source:
             refuse_reserved(file.path for file in plan.files)
         mark = None if plan is None else plan.fingerprint()
         if mark is not None:
-            mark = hashlib.sha256(f"{mark} {job.unpack}".encode()).hexdigest()[:32]
+            # What is demanded of it now may not have been when it came.
+            demands = f"{job.expected} {self._client.signature_policy!r}"
+            mark = hashlib.sha256(f"{mark} {job.unpack} {demands}".encode()).hexdigest()[:32]
         with self._wish.place(folder) as place:
             if plan is not None and place.is_current(mark):
                 self._tell_present(plan)
