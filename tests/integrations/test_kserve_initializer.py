@@ -71,16 +71,6 @@ def test_as_a_module_and_as_a_program(seaweedfs: SeaweedFS, model: str, tmp_path
     assert scripts["storage-initializer"] == f"{main.__module__}:{main.__name__}"
 
 
-def test_the_image_installs_and_runs_what_there_is() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    recipe = (REPOSITORY / "docs" / "kserve" / "Dockerfile").read_text()
-
-    (extras,) = re.findall(rf'"{project["name"]}\[([a-z,]+)\]"', recipe)
-    assert set(extras.split(",")) <= set(project["optional-dependencies"])
-    (command_line,) = re.findall(r'ENTRYPOINT \["([a-z-]+)"\]', recipe)
-    assert command_line in project["scripts"]
-
-
 def test_a_model_that_is_to_be_decrypted_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
