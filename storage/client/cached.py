@@ -227,13 +227,13 @@ class CachedDownload:
     def _unchanged_tree(self, last: tuple[Ref, Manifest] | None) -> Manifest | None:
         """Ask for a tree as a tree, where it was one: one request tells that nothing changed."""
         job = self._job
-        if last is None or not last[1].is_tree or job.location.forces_tree or job.unpack:
+        settled = job.location.forces_tree or job.backend.capabilities.repository
+        if last is None or not last[1].is_tree or settled or job.unpack:
             return None
-        try:
-            plan = job.make_plan(replace(job.location, key=job.location.prefix))
-        except ModelMissingError:
-            return None
-        return self._unchanged(plan, last)
+        tree = replace(job.location, key=job.location.prefix)
+        with contextlib.suppress(ModelMissingError):
+            return self._unchanged(job.make_plan(tree), last)
+        return None
 
     def _unchanged(self, plan: Plan, last: tuple[Ref, Manifest] | None) -> Manifest | None:
         """Return what the source had last, if the store says that it is the same now."""

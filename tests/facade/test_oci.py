@@ -120,19 +120,21 @@ def test_a_tag_that_moved_is_fetched_anew_and_known_files_are_not(
     assert gate.body_bytes == 2
 
 
-def test_many_processes_fetch_an_image_once(push: Pusher, gate: Gate) -> None:
-    data = random.Random(6).randbytes(2 * MIB)
-    push.image("v1", [[("models/m", data)]], "")
-    uri = push.uri(":v1", gate.host)
+def test_many_processes_fetch_an_image_once_and_so_a_new_one(push: Pusher, gate: Gate) -> None:
+    uri = push.uri(":v1/iris", gate.host)
     code = "import sys; from storage import Storage; print(Storage.download(sys.argv[1]))"
-    children = [
-        subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    paths = {child.communicate(timeout=120)[0] for child in children}
-    assert [child.returncode for child in children] == [0] * 4
-    assert len(paths) == 1
-    assert gate.body_bytes < 2 * len(data)
+    for version in (6, 7):
+        data = random.Random(version).randbytes(2 * MIB)
+        push.image("v1", [[("models/iris/m", data)]], "")
+        gate.clear()
+        children = [
+            subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, text=True)
+            for _ in range(4)
+        ]
+        paths = {child.communicate(timeout=120)[0] for child in children}
+        assert [child.returncode for child in children] == [0] * 4
+        assert len(paths) == 1
+        assert gate.body_bytes < 2 * len(data)
 
 
 def test_an_image_is_there_offline(push: Pusher, gate: Gate, client: StorageClient) -> None:
