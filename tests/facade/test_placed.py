@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from storage import IntegrityError, ObjectExistsError, SignatureError, Storage, StorageClient
+from storage.client.placed import _Turn
 from storage.client.signatures import SignaturePolicy
 from storage.digest import hash_file
 from storage.transfer.destination import Destination
@@ -284,6 +285,20 @@ def test_a_failed_download_leaves_no_folder_for_turns(
     with pytest.raises(IntegrityError):
         client.download(s3.uri("model/"), out / "deep" / "model", digest=f"sha256:{'0' * 64}")
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("came", ["2", None])
+def test_the_note_tells_what_came_and_not_what_was_expected(
+    tmp_path: Path, came: str | None
+) -> None:
+    destination = Destination(str(tmp_path / "m"), tree=False, overwrite=False, durable=False)
+    with _Turn(destination, "5" * 64, "1", durable=False, timeout=5) as turn, destination:
+        Path(destination.content).write_bytes(b"replaced meanwhile")
+        turn.publish(came)
+    for version in ("1", "2"):
+        with _Turn(destination, "5" * 64, version, durable=False, timeout=5) as turn:
+            assert turn.found == (version == came)
+    assert os.listdir(tmp_path) == ["m"]
 
 
 def test_who_does_not_get_a_turn_in_time_fetches_without(
