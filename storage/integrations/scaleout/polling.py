@@ -92,7 +92,7 @@ class Polling:
                 self._succeeded(time.monotonic() - begun)
             took = time.monotonic() - begun
             # A board with many tasks takes long to list, and costs whoever pays for the store.
-            rest = _REST * took if self.is_reachable else 0.0
+            rest = min(_REST * took, _LONGEST_WAIT) if self.is_reachable else 0.0
             self._stop.wait(max(rest, self._wait() - took))
 
     def _look(self) -> None:

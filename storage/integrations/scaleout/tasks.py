@@ -109,10 +109,10 @@ class TaskRunner:
         self._on_outcome = on_outcome
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        # Claims of others or that are damaged, and requests: they are there for good, and need no
-        # second look.
+        # These two are the poll's own. Claims of others or that are damaged, and what tasks for any
+        # client ask for: they are there for good, and need no second look.
         self._foreign: set[tuple[str, int]] = set()
-        self._requests: dict[str, Request] = {}
+        self._types: dict[str, str] = {}
         self._too_many = _MANY
         self._stopping = threading.Event()
         forget_in_child(self)
@@ -194,11 +194,8 @@ class TaskRunner:
                 self._leave_alone(entry, exc)
 
     def _forget(self, but: set[str]) -> None:
-        with self._lock:
-            self._foreign = {each for each in self._foreign if each[0] in but}
-            self._requests = {
-                task: request for task, request in self._requests.items() if task in but
-            }
+        self._foreign = {each for each in self._foreign if each[0] in but}
+        self._types = {task: type_ for task, type_ in self._types.items() if task in but}
 
     def _advise(self, ended: int) -> None:
         if ended >= self._too_many:
@@ -211,8 +208,7 @@ class TaskRunner:
 
     def _leave_alone(self, entry: TaskEntry, reason: StorageError) -> None:
         _log.error("task %s is left alone: %s", entry.id, one_line(reason))
-        with self._lock:
-            self._foreign.add((entry.id, entry.claim))
+        self._foreign.add((entry.id, entry.claim))
 
     def _stop_aborted(self, found: dict[str, TaskEntry]) -> None:
         with self._lock:
@@ -240,8 +236,9 @@ class TaskRunner:
     def _consider(self, entry: TaskEntry) -> None:
         with self._lock:
             busy = sum(not each.is_own for each in self._running.values())
-            if entry.id in self._running or (entry.id, entry.claim) in self._foreign:
-                return
+            is_running = entry.id in self._running
+        if is_running or (entry.id, entry.claim) in self._foreign or not self._can(entry):
+            return
         # In this order: a result is in the outbox before its task is under way no more.
         if self._outbox.holds(entry.id) or (busy >= self._concurrency and not entry.is_aborted):
             return
@@ -250,8 +247,10 @@ class TaskRunner:
         request, problem = self._request(entry)
         if request is None and problem is None:
             return
-        if request is not None and entry.client is None and not self._handlers.can(request.type):
-            return  # another client may have the callback
+        if request is not None and entry.client is None:
+            self._types[entry.id] = request.type
+            if not self._can(entry):
+                return
         if not self._take(entry):
             return
         if entry.is_aborted:
@@ -263,6 +262,12 @@ class TaskRunner:
         elif request is not None:
             self._begin(replace(entry, claim=entry.claim + 1), request)
 
+    def _can(self, entry: TaskEntry) -> bool:
+        """Tell whether this client can do what a task for any asks for, as far as it is known."""
+        type_ = self._types.get(entry.id)
+        # Another client may have the callback, or this one later.
+        return type_ is None or self._handlers.can(type_)
+
     def _may_take(self, entry: TaskEntry) -> bool:
         name = entry.claimed(entry.claim)
         data = self._store.read(name)
@@ -272,17 +277,12 @@ class TaskRunner:
         if claim.client is None:
             return entry.is_aborted  # whoever stopped it did not come to write the result
         if claim.client != self._client_id:
-            with self._lock:
-                self._foreign.add((entry.id, entry.claim))
+            self._foreign.add((entry.id, entry.claim))
             return False
         return self._presence.may_take(claim)
 
     def _request(self, entry: TaskEntry) -> tuple[Request | None, str | None]:
         """Return what is to be done, or why that cannot be told; neither if it is gone."""
-        with self._lock:
-            request = self._requests.get(entry.id)
-        if request is not None:
-            return request, None
         try:
             data = self._store.read(entry.request)
             if data is None:
@@ -291,8 +291,6 @@ class TaskRunner:
             self._message(entry, request)
         except (IntegrityError, UnsupportedOperation, ValueError, RecursionError) as exc:
             return None, one_line(exc)  # a message holds less than JSON does, half characters not
-        with self._lock:
-            self._requests[entry.id] = request
         return request, None
 
     def _take(self, entry: TaskEntry) -> bool:

@@ -43,6 +43,7 @@ class Client:
             self.edge.run(**how)
         except BaseException:  # noqa: BLE001 - the test asks for it
             self.failure = traceback.format_exc()
+            print(self.failure, file=sys.stderr, flush=True)
 
     def note(self, *words):
         """Write a line that no kill takes back."""
