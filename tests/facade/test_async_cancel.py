@@ -175,6 +175,36 @@ def test_a_cancelled_upload_leaves_no_object_and_no_parts(
     assert store.keys() == []
 
 
+def test_what_a_cancelled_upload_left_is_known_by_its_bytes_and_goes(
+    s3: S3Store, tmp_path: Path
+) -> None:
+    """The store may have begun an upload, and told nobody its name."""
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(SIZE)
+    raw, token = s3.server.raw, CancellationToken()
+    key = f"{s3._prefix}weights"
+
+    def lose_an_upload(progress: object) -> None:
+        for name, upload in s3.server.pending_uploads(s3.bucket):
+            named = {"Bucket": s3.bucket, "Key": key}
+            parts = raw.list_parts(**named, UploadId=upload).get("Parts") if name == key else None
+            if parts and not token.cancelled:
+                size = next(part["Size"] for part in parts)
+                lost = raw.create_multipart_upload(**named)["UploadId"]
+                raw.upload_part(**named, UploadId=lost, PartNumber=1, Body=bytes(size))
+                token.cancel()
+
+    settings = load_settings(transfer={"memory": "16MiB", "connections": 1})
+    with (
+        StorageClient(s3.config, settings) as client,
+        cancellable(token),
+        pytest.raises(OperationCancelledError),
+    ):
+        client.upload(tmp_path / "weights", s3.uri("weights"), progress=lose_an_upload)
+    assert [name for name, _ in s3.server.pending_uploads(s3.bucket) if name == key] == []
+    assert s3.keys() == []
+
+
 def test_a_cancelled_copy_between_stores_leaves_no_object(
     s3: S3Store, slow: FaultProxy, make_store: Callable[[str], Store]
 ) -> None:

@@ -17,6 +17,7 @@ from datetime import timedelta
 
 from storage.backends.base import OpenOptions
 from storage.backends.s3.signed import SignedClient
+from storage.cancellation import cancellable
 from storage.errors import StorageError, TransientError, one_line
 
 __all__ = ["IsOurs", "Leftovers", "advice"]
@@ -119,7 +120,9 @@ class Leftovers:
             if last:
                 try:
                     if state.failed:
-                        self._remove(key, state)
+                        # Also for who was cancelled, and would be told so by what is read here.
+                        with cancellable(None):
+                            self._remove(key, state)
                 finally:
                     with _changed:
                         _cleaned.discard(name)
