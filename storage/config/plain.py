@@ -123,11 +123,17 @@ def _parse_list(text: str) -> Any:
 
 
 def user_folder(kind: Literal["cache", "config"]) -> Path:
-    """Return this library's folder among the user's caches or configurations."""
+    """Return this library's folder among the user's caches or configurations.
+
+    There is no such folder for a user without a home, as containers have them.
+    """
     import platformdirs
 
     find = platformdirs.user_cache_path if kind == "cache" else platformdirs.user_config_path
-    return find(_APP, appauthor=False)
+    try:
+        return find(_APP, appauthor=False)
+    except RuntimeError:
+        return Path("/nonexistent", kind, _APP)
 
 
 def settings_file() -> str | None:

@@ -119,6 +119,25 @@ def test_without_a_cache_it_is_a_temporary_folder_that_a_failure_does_not_leave(
     assert [path.name for path in (tmp_path / "tmp").iterdir()] == [Path(found).name]
 
 
+def test_a_user_may_have_no_home(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import platformdirs
+
+    def refuse(*args: object, **more: object) -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("STORAGE_CACHE_DIR")
+    for name in ("user_cache_path", "user_config_path"):
+        monkeypatch.setattr(platformdirs, name, refuse)
+    monkeypatch.setattr("storage.integrations.kserve.model._is_usable", lambda folder: False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    assert Storage.download(model, tmp_path / "d") == str(tmp_path / "d")
+    assert tree(tmp_path / "d") == MODEL
+    assert tree(Path(Storage.download(model))) == MODEL
+
+
 def test_what_is_here_is_not_copied(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "model.bin").write_bytes(b"1")
