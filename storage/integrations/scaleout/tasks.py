@@ -363,7 +363,13 @@ class TaskRunner:
         running.task.runner_thread = running.thread
         with self._lock:
             self._running[running.entry.id] = running
-        running.thread.start()
+        try:
+            running.thread.start()
+        except BaseException:
+            # There are no more threads to be had: it can be tried again.
+            with self._lock:
+                del self._running[running.entry.id]
+            raise
 
     def _do(self, running: _Running, work: Callable[[], Done]) -> None:
         task, status = running.task, self._classes.StatusType

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import shutil
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,6 +81,25 @@ def test_many_ended_tasks_are_told_of_once_and_again_when_they_have_doubled(
         runner.poll()
         told.append(caplog.text.count("remove_ended()"))
     assert told == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_task_for_which_there_is_no_thread_is_not_under_way(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    runner = _runner(store, Outbox(str(tmp_path / "outbox")))
+    made: Any = lambda *args, **fields: SimpleNamespace()  # noqa: E731
+    runner._classes = SimpleNamespace(  # type: ignore[assignment]
+        Task=made,
+        messages=SimpleNamespace(TaskRequest=made),
+        StatusType=SimpleNamespace(PENDING=SimpleNamespace(value="PENDING")),
+    )
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    with pytest.raises(RuntimeError, match="new thread"):
+        runner.start_own(lambda: None, "survey", None)
+    assert runner.running() == ()
 
 
 def test_a_client_rests_longer_than_a_look_takes() -> None:
