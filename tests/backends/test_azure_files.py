@@ -244,6 +244,20 @@ def test_wrong_credentials_fail_after_one_request(
     assert not (tmp_path / "m").exists()
 
 
+def test_nobody_is_logged_in_where_the_service_leads(
+    service: AzureFiles,
+    client: StorageClient,
+    config: AzureConfig,
+    odd_http: Callable[..., OddHTTP],
+) -> None:
+    other = odd_http(lambda request: Reply(500))
+    service.before = lambda request: Reply(302, headers={"Location": f"{other.url}/x"})
+
+    with pytest.raises(StorageError):
+        client.list_objects(URI, config=config)
+    assert not other.requests
+
+
 def test_the_key_of_one_account_goes_to_no_other(
     service: AzureFiles, client: StorageClient, config: AzureConfig
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,11 +22,12 @@ from storage import (
     StorageError,
     UnsupportedOperation,
 )
+from storage.backends import modelscope
 from storage.config import Settings
 from storage.errors import BucketMissingError
 from storage.uri import parse_uri
 from tests.servers.modelscope import TOKEN, ModelScope
-from tests.servers.odd_http import OddHTTP, Reply
+from tests.servers.odd_http import OddHTTP, Reply, Request
 
 LARGE = os.urandom(2_500_000)
 FILES = {
@@ -184,7 +186,19 @@ def test_a_listing_that_is_cut_in_silence_is_continued_by_folders(
         client.list_objects(URI)
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"Data": 5}', b'{"Data": {"Files": [3]}}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>",
+        b"{}",
+        b'{"Data": 5}',
+        b'{"Data": {"Files": [3]}}',
+        b'{"Data": {"Files": [{"Path": "a", "Size": 1e999}]}}',
+        b'{"Data": {"Files": [{"Path": "a", "Size": -1}]}}',
+        b"[" * 900_000,
+    ],
+    ids=range(7),
+)
 def test_what_is_no_modelscope_is_said(
     service: ModelScope, client: StorageClient, body: bytes
 ) -> None:
@@ -192,6 +206,32 @@ def test_what_is_no_modelscope_is_said(
 
     with pytest.raises(StorageError, match="none of ModelScope"):
         client.list_objects(URI)
+
+
+def test_a_folder_that_is_in_itself_is_asked_for_once(
+    service: ModelScope, client: StorageClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modelscope, "_LISTED", 2)
+    folders = [{"Path": path, "Type": "tree", "Size": 0} for path in ("up", "other")]
+
+    def answer(request: Request) -> Reply:
+        found = folders if "Recursive=True" in request.target else folders[:1]
+        return Reply(200, json.dumps({"Data": {"Files": found}}).encode())
+
+    service.server.handler = answer
+    with pytest.raises(ModelMissingError):
+        client.list_objects(URI)
+    assert len(service.server.requests) == 4
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil"])
+def test_a_file_that_leads_elsewhere_is_refused(
+    service: ModelScope, client: StorageClient, tmp_path: Path, name: str
+) -> None:
+    service.models["owner/m"]["master"] = {name: b"x", "z": b"x"}
+    with pytest.raises(StorageError):
+        client.download(URI, tmp_path / "a" / "m")
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_nothing_is_written(service: ModelScope, client: StorageClient, tmp_path: Path) -> None:

@@ -66,12 +66,13 @@ class GitRaw:
 
 class TestGit(ReadingConformance):
     count = 40
+    # Folders of these names are listed by another test, and each case costs a repository.
+    test_odd_key_is_listed = None
     exceptions: ClassVar = {
         **{
             f"{test}[hidden]": "git keeps no file or folder named .git"
             for test in (
                 "test_odd_key_is_read",
-                "test_odd_key_is_listed",
                 "test_odd_prefix_is_literal",
             )
         },

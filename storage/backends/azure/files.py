@@ -317,6 +317,8 @@ class AzureFilesBackend(ReadOnlyBackend):
                 transport=transport,
                 proxies=dict(proxies),
                 retry_total=0,
+                # The service leads nowhere, and the SDK would log in wherever it is led to.
+                permit_redirects=False,
                 max_single_get_size=_PART,
                 max_chunk_get_size=_PART,
                 logging_enable=False,

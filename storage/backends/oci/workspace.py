@@ -39,12 +39,9 @@ class Workspace:
             _sweep(parent)
             while True:
                 self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
-                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                with contextlib.suppress(OSError):  # no locks on this file system
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.isdir(self.path):  # or whoever sweeps came between
+                lock = _locked(self.path)
+                if lock is not None:
                     break
-                os.close(lock)
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _drop, self.path, lock, os.getpid())
 
@@ -69,6 +66,25 @@ def _drop(path: str, lock: int, owner: int) -> None:
         os.close(lock)
 
 
+def _locked(path: str) -> int | None:
+    """Return the open and locked folder; ``None`` if whoever sweeps has it, or had it."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.isdir(path)
+    except BlockingIOError:
+        mine = False
+    except OSError:  # no locks on this file system
+        mine = True
+    if mine:
+        return lock
+    os.close(lock)
+    return None
+
+
 def _sweep(parent: str) -> None:
     with os.scandir(parent) as entries:
         for entry in entries:
@@ -76,5 +92,12 @@ def _sweep(parent: str) -> None:
                 continue
             with contextlib.suppress(OSError):
                 mine = entry.stat(follow_symlinks=False).st_uid == os.geteuid()
-                if mine and entry.is_dir(follow_symlinks=False) and not is_locked(entry.path):
-                    remove(entry.path)
+                if not mine or not entry.is_dir(follow_symlinks=False) or is_locked(entry.path):
+                    continue
+                # Locked until it is gone, or its maker might come between.
+                lock = _locked(entry.path)
+                if lock is not None:
+                    try:
+                        remove(entry.path)
+                    finally:
+                        os.close(lock)
