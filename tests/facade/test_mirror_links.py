@@ -60,6 +60,14 @@ def test_two_folders_that_are_one_at_the_destination_are_refused(tmp_path: Path)
     assert (target / "one" / "a").read_text() == (apart / "a").read_text() == "0"
 
 
+def test_the_same_folder_by_another_name_overlaps(tmp_path: Path) -> None:
+    source = put(tmp_path / "source", a="1")
+    for one, two in ((source, f"local://{tmp_path}"), (f"local://{tmp_path}", source)):
+        with pytest.raises(InvalidInput, match="overlap"):
+            StorageOperations.mirror(one, two, delete=True)
+    assert (source / "a").read_text() == "1"
+
+
 def test_a_link_into_the_source_does_not_change_the_source(tmp_path: Path) -> None:
     source = put(tmp_path / "source", v1__a="1", v2__a="2")
     target = put(tmp_path / "target", keep="0")

@@ -44,7 +44,7 @@ from storage.transfer.progress import Meter
 from storage.uri import Location, parse_uri
 
 if TYPE_CHECKING:
-    from storage.backends.base import ObjectInfo
+    from storage.backends.base import Backend, ObjectInfo
     from storage.client.client import StorageClient
 
 __all__ = ["mirror"]
@@ -238,11 +238,7 @@ class _Mirror:
         """Return names of both ends that tell whether they overlap; empty if they cannot."""
         source, target = self._source, self._target
         end = "/" if is_tree else ""
-        keys = [location.key.rstrip("/") for location in (source, target)]
-        paths = [
-            backend.local_path(key)
-            for backend, key in zip((self._origin, self._backend), keys, strict=True)
-        ]
+        paths = [_path_here(self._origin, source), _path_here(self._backend, target)]
         if None not in paths:
             one, two = (os.path.realpath(path or "").rstrip("/") + end for path in paths)
             return one, two
@@ -268,7 +264,7 @@ class _Mirror:
             root,
             self._plan.paths(),
             leftovers if self._options.delete else (),
-            self._origin.local_path(self._source.key.rstrip("/")),
+            _path_here(self._origin, self._source),
         )
 
     def _batches(self, size: int) -> Iterator[Batch]:
@@ -454,6 +450,14 @@ def _expected(source: Location, options: MirrorOptions) -> Digest | None:
             f"{source} names the digest {named}, and digest= says {given}; give one of them"
         )
     return given or named
+
+
+def _path_here(backend: Backend, location: Location) -> str | None:
+    """Return the path of what is on this machine, in whatever way it is named."""
+    if location.scheme == "local" and location.url is not None:
+        # The generic driver knows no more than that it has a path.
+        return os.path.abspath(location.url.partition("://")[2])
+    return backend.local_path(location.key.rstrip("/"))
 
 
 def _plain(transfer: Any) -> PlainTransfer:
