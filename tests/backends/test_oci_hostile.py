@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from storage import StorageClient
 from storage.backends.base import OpenOptions
 from storage.backends.oci import content
 from storage.backends.oci.workspace import Workspace
 from storage.config import OCIConfig
-from storage.errors import ConfigurationError, InvalidInput
+from storage.errors import ConfigurationError, InvalidInput, StorageError
 from storage.unpacking.extraction import ExtractionLimits
-from tests.backends.oci_support import Entry, Pusher, opened, tree_of
+from tests.backends.oci_support import TITLE, Entry, Pusher, opened, tree_of
 from tests.servers.registry import Registry
 
 
@@ -57,6 +58,26 @@ def test_a_bomb_of_links_to_folders_is_refused(
         pytest.raises(InvalidInput, match="more than 2000"),
     ):
         tree_of(backend)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "./../evil", "a/../../evil", "a/./evil"])
+def test_a_file_that_leads_elsewhere_is_refused(push: Pusher, tmp_path: Path, name: str) -> None:
+    kind = "application/octet-stream"
+    layers = [push.blob(b"x", kind, **{TITLE: title}) for title in (name, "z")]
+    push.artifact("v1", layers)
+
+    with StorageClient() as client, pytest.raises(StorageError):
+        client.download(push.uri(":v1"), tmp_path / "a" / "m")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_two_contents_of_one_name_are_refused(push: Pusher, tmp_path: Path) -> None:
+    kind = "application/octet-stream"
+    push.artifact("v1", [push.blob(data, kind, **{TITLE: "m"}) for data in (b"1", b"2")])
+
+    with StorageClient() as client, pytest.raises(StorageError):
+        client.download(push.uri(":v1"), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_forked_child_has_connections_and_files_of_its_own(push: Pusher) -> None:
