@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
+from fsspec.implementations.webhdfs import WebHDFS as PlainWebHDFS
+from requests import Response
 
 from storage import (
     AuthenticationError,
@@ -19,6 +22,7 @@ from storage import (
     StorageClient,
     StorageError,
 )
+from storage.backends.drivers.fsspec_webhdfs import _careful
 from storage.config import Settings
 from storage.errors import TransferError
 from storage.uri import parse_uri
@@ -154,6 +158,21 @@ def test_an_error_of_a_data_node_is_no_content(
     with pytest.raises(TransferError):
         client.download(f"{hdfs.uri}/user/me/m", tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_from_https_nothing_leads_to_http() -> None:
+    cls = _careful(PlainWebHDFS)
+    fs = cls("namenode.example", 9871, use_https=True, skip_instance_cache=True)
+    with fs.session as session:
+        with pytest.raises(StorageError, match="led from https"):
+            session.get("http://127.0.0.1:9/x?delegation=secret")
+        for target, refused in [("http://d.example/x?delegation=secret", True), ("/x", False)]:
+            answer = Response()
+            answer.status_code, answer.url = 307, "https://namenode.example:9871/"
+            answer.headers["Location"] = target
+            with pytest.raises(StorageError) if refused else nullcontext() as caught:
+                assert session.get_redirect_target(answer) == target
+            assert "secret" not in str(caught and caught.value)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,16 @@ Two options are more than fsspec has: ``headers`` go with requests to the name n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from storage.backends.base import ObjectInfo
 from storage.backends.drivers.fsspec import FsspecBackend
 from storage.backends.drivers.fsspec_parts import moment
-from storage.errors import ConfigurationError, one_line
+from storage.errors import ConfigurationError, StorageError, one_line
 
 if TYPE_CHECKING:
     from requests import PreparedRequest, Response
@@ -62,7 +63,22 @@ def _careful(cls: Any) -> Any:
             self.cert, self.auth = fs.session.cert, fs.session.auth
             self.proxies = requests.utils.get_environ_proxies(fs.url)
 
+        def _check(self, url: str) -> None:
+            if self._origin[0] == "https" and not url.lower().startswith("https:"):
+                raise StorageError(
+                    f"the name node led from https to {one_line(url)}, which anybody on the way "
+                    "could read and change; let the data nodes serve https"
+                )
+
+        def get_redirect_target(self, resp: Response) -> str | None:
+            target = super().get_redirect_target(resp)
+            if target is not None:
+                with suppress(ValueError):  # what is no address is refused where it is sent to
+                    self._check(urljoin(resp.url, target))
+            return target
+
         def request(self, method: Any, url: Any, **options: Any) -> Response:  # type: ignore[override]
+            self._check(str(url))
             if _origin(url) == self._origin:
                 options["headers"] = {**self._own, **(options.get("headers") or {})}
             elif not self._kerberos:
