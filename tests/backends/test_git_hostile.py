@@ -22,6 +22,7 @@ from storage.backends.base import ObjectInfo, OpenOptions
 from storage.backends.drivers.web import WebSession
 from storage.backends.git import backend as git_backend
 from storage.backends.git import pack as packs
+from storage.backends.git import remote
 from storage.backends.git.backend import GitBackend
 from storage.backends.git.lfs import LargeFiles, Pointer
 from storage.backends.git.pack import Incoming, Pack
@@ -158,6 +159,23 @@ def test_folders_without_end_are_refused(git_server: GitHTTP, client: StorageCli
 
     with pytest.raises(UnsupportedOperation, match="more than 128 folders"):
         client.list_objects(objects.push(git_server, objects.commit(node)))
+
+
+def test_names_of_branches_without_end_are_refused(
+    git_server: GitHTTP, client: StorageClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = Objects()
+    commit = objects.commit(objects.tree(("100644", "a", objects.add("blob", b"x"))))
+    uri = objects.push(git_server, commit)
+    heads = git_server.folder / "m.git" / "refs" / "heads"
+    for n in range(100):
+        (heads / f"branch-{n}").write_text(commit.hex() + "\n")
+    git_server.newest = 0
+    assert client.list_objects(uri) == ["a"]
+    monkeypatch.setattr(remote, "_MAX_NAMES", 2000)
+
+    with pytest.raises(UnsupportedOperation, match="more than 2000 bytes"):
+        client.list_objects(uri)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -34,6 +35,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 """The name of a commit, in full."""
 
 _PEELED = "^{}"
+# Bytes of the names of branches and tags, which are kept in memory; old servers send all.
+_MAX_NAMES = 64 * 1024 * 1024
 # What a server sends instead of an answer, after the length of its line.
 _COMPLAINT = re.compile(rb"[0-9a-f]{4}ERR ([^\n]*)")
 
@@ -66,7 +69,7 @@ class Remote:
             return revision
         names = [revision] if revision == "HEAD" or revision.startswith("refs/") else []
         names = names or [f"refs/heads/{revision}", f"refs/tags/{revision}"]
-        client = self._client()
+        client = self._client(partial(self._ask, limit=_MAX_NAMES))
         with self._understood():
             answer = client.get_refs("", ref_prefix=[name.encode() for name in names])
         if answer.object_format not in (None, "sha1"):
@@ -97,7 +100,7 @@ class Remote:
             TransientError: what came is cut or damaged.
         """
         incoming = Incoming(self._where)
-        client = self._client()
+        client = self._client(self._ask)
         wanted = [commit.encode("ascii")]
         try:
             with self._understood():
@@ -118,7 +121,7 @@ class Remote:
             raise TransientError(f"{self._where}: the server sent a pack without {commit}")
         return pack
 
-    def _client(self) -> Any:
+    def _client(self, ask: Callable[..., Any]) -> Any:
         try:
             from dulwich.client import AbstractHttpGitClient
         except ImportError as exc:
@@ -138,7 +141,7 @@ class Remote:
             def _http_request(self, *args: Any, **kwargs: Any) -> Any:
                 return self._ask(*args, **kwargs)
 
-        return Client(self._url, self._ask)
+        return Client(self._url, ask)
 
     def _ask(
         self,
@@ -146,6 +149,7 @@ class Remote:
         headers: dict[str, str] | None = None,
         data: bytes | Iterator[bytes] | None = None,
         raise_for_status: bool = True,
+        limit: int | None = None,
     ) -> tuple[_Answer, Callable[..., bytes]]:
         """Do what ``dulwich`` asks of its transport."""
         if data is not None and not isinstance(data, bytes):
@@ -163,6 +167,7 @@ class Remote:
                 "this is the address that git clones from"
             )
         chunks = self._session.chunks(response, self._where, None)
+        chunks = chunks if limit is None else self._limited(chunks, limit)
         try:
             first = next(chunks, b"")
             if (complaint := _COMPLAINT.match(first)) is not None:
@@ -172,6 +177,17 @@ class Remote:
             response.close()
             raise
         return _Answer(response, url), _Bytes(first, chunks).read
+
+    def _limited(self, chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:
+        left = limit
+        for chunk in chunks:
+            left -= len(chunk)
+            if left < 0:
+                raise UnsupportedOperation(
+                    f"{self._where}: the names of all branches and tags take more than {limit} "
+                    "bytes; name the commit instead"
+                )
+            yield chunk
 
     def _said(self, complaint: str) -> StorageError:
         """Return the error of ours for what a server says instead of an answer."""
