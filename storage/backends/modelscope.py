@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from storage.backends.base import Body, ByteRange, ObjectInfo, OpenOptions
-from storage.backends.drivers.web import WebSession
+from storage.backends.drivers.web import WebSession, extent
 from storage.backends.readonly import READ_ONLY, ReadOnlyBackend
 from storage.backends.repositories import check_folder, check_path
 from storage.digest import Digest
@@ -47,8 +47,6 @@ _DEFAULT = "master"
 # A listing holds no more, and does not say so when there is more.
 _LISTED = 3000
 _MAX_ANSWER = 64 * 1024 * 1024
-# Small files are sent whole where a part is asked for.
-_MAX_SKIP = 32 * 1024 * 1024
 # What parsing and looking at an answer raises if it is not as it should be.
 _NOT_UNDERSTOOD = (
     ArithmeticError,
@@ -59,7 +57,6 @@ _NOT_UNDERSTOOD = (
     ValueError,
 )
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 def open_backend(
@@ -171,7 +168,7 @@ class ModelScopeBackend(ReadOnlyBackend):
         if response.status_code not in (200, 206):
             raise self._refusal(response, where)
         try:
-            size, skip = _extent(response, span, where)
+            size, skip, _ = extent(where, span, response, None)
             linked = response.headers.get("X-Linked-ETag", "").strip('"').lower()
             found = _info(key, size, linked)
             # Of a small file nothing says which one it is but its content.
@@ -267,34 +264,6 @@ def _info(key: str, size: int | None, sha256: str) -> ObjectInfo:
     known = _SHA256.fullmatch(sha256) is not None
     digests = (Digest("sha256", sha256),) if known else ()
     return ObjectInfo(key, size, f'"{sha256}"' if known else None, digests=digests)
-
-
-def _extent(
-    response: requests.Response, span: ByteRange | None, where: str
-) -> tuple[int | None, int]:
-    """Return the file's size, and the bytes of the answer to leave out first."""
-    text = response.headers.get("Content-Length", "")
-    given = int(text) if text.isdigit() else None
-    if span is None:
-        return given, 0
-    match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if response.status_code == 206 and match is not None:
-        begin, last, size = (int(number) for number in match.groups())
-        if size >= span.end and (begin, last + 1) != (span.start, span.end):
-            raise TransientError(
-                f"{where}: bytes {span.start}-{span.end - 1} were asked for, {begin}-{last} sent"
-            )
-    elif response.status_code == 200 and given is not None and span.start <= _MAX_SKIP:
-        begin, size = 0, given
-    else:
-        raise UnsupportedOperation(
-            f"{where}: bytes {span.start}-{span.end - 1} were asked for and the whole file sent"
-        )
-    if size < span.end:
-        raise ObjectChangedError(
-            f"{where}: bytes up to {span.end} were asked for, the file has {size}"
-        )
-    return size, span.start - begin
 
 
 def _cut(chunks: Iterator[bytes], skip: int, length: int, where: str) -> Iterator[memoryview]:

@@ -237,6 +237,11 @@ def retry_after(headers: Mapping[str, Any] | None) -> float | None:
     return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
+def kind_of_status(status: int) -> Kind:
+    """Return the kind of error that the status of an HTTP answer is, from 400 on."""
+    return _STATUS.get(status, TransientError if status >= 500 else StorageError)
+
+
 def causes(exc: BaseException) -> Iterator[BaseException]:
     """Yield an exception, what caused it, what caused that, and so on."""
     current: BaseException | None = exc
@@ -258,7 +263,7 @@ def _kind(exc: BaseException, names: Mapping[str, Kind]) -> Kind | None:
     # An answer's status says more than the class that carries it.
     status = _status(exc)
     if status is not None and 400 <= status < 600:
-        return _STATUS.get(status, TransientError if status >= 500 else StorageError)
+        return kind_of_status(status)
     for name in lineage:
         if name in _NAMES:
             return _NAMES[name]

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-from storage.backends.base import OpenOptions
-from storage.backends.drivers.fsspec_errors import THROTTLED, Kind, error, retry_after
+from storage.backends.base import ByteRange, OpenOptions
+from storage.backends.drivers.fsspec_errors import THROTTLED, error, kind_of_status, retry_after
 from storage.backends.drivers.requests_errors import translated
 from storage.backends.network import Network, hide_queries, with_timeouts
 from storage.errors import (
     AuthenticationError,
     ConfigurationError,
-    InsufficientSpaceError,
-    ModelMissingError,
     ObjectChangedError,
     StorageError,
     TransientError,
@@ -41,6 +39,7 @@ __all__ = [
     "REDIRECTS",
     "Connections",
     "WebSession",
+    "extent",
     "origin",
     "pieces",
 ]
@@ -51,22 +50,10 @@ CLIENT = "modelstorage"
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 5
 _BLOCK = 256 * 1024
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+# Small files may be sent whole where a part was asked for.
+_MAX_SKIP = 32 * 1024 * 1024
 _PLAIN_URL = re.compile(r"(?i)https?://[^\s\\/?#@\x00-\x20\x7f]+(?:[/?#]|$)")
-_STATUS: dict[int, Kind] = {
-    401: AuthenticationError,
-    403: AuthenticationError,
-    404: ModelMissingError,
-    405: UnsupportedOperation,
-    407: AuthenticationError,
-    408: TransientError,
-    410: ModelMissingError,
-    412: ObjectChangedError,
-    416: ObjectChangedError,
-    425: TransientError,
-    429: TransientError,
-    501: UnsupportedOperation,
-    507: InsufficientSpaceError,
-}
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
@@ -356,7 +343,7 @@ class WebSession:
         """
         response.close()
         status = response.status_code
-        kind = _STATUS.get(status, TransientError if status >= 500 else StorageError)
+        kind = kind_of_status(status)
         text = f"{status}: {message or response.reason or ''}".rstrip(": ")
         if kind is AuthenticationError:
             sent = "Authorization" in response.request.headers
@@ -368,6 +355,53 @@ class WebSession:
             )
         wait = retry_after({"retry-after": response.headers.get("Retry-After")})
         return error(kind, where, text, wait, throttled=status in THROTTLED)
+
+
+def extent(
+    where: str, span: ByteRange | None, response: requests.Response, known: int | None
+) -> tuple[int | None, int, int | None]:
+    """Return the object's size, the bytes to leave out first, and the bytes wanted.
+
+    Args:
+        where: the object's URI.
+        span: that was asked for.
+        response: that came.
+        known: the object's size, by what the service said before.
+
+    Raises:
+        ObjectChangedError: the object is too short for ``span``.
+    """
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise UnsupportedOperation(
+            f"{where}: it came in the content coding {coding[:40]!r}, although none was asked "
+            "for; a proxy may do that"
+        )
+    length = known
+    if (text := response.headers.get("Content-Length", "")).isdigit():
+        length = int(text)
+    if span is None:
+        return length, 0, length
+    match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if response.status_code == 206 and match is not None:
+        begin, last, size = (int(number) for number in match.groups())
+        if size >= span.end and (begin, last + 1) != (span.start, span.end):
+            raise TransientError(
+                f"{where}: bytes {span.start}-{span.end - 1} were asked for, {begin}-{last} sent"
+            )
+    elif response.status_code == 200 and length is not None and span.start <= _MAX_SKIP:
+        begin, size = 0, length
+    else:
+        raise UnsupportedOperation(
+            f"{where}: bytes {span.start}-{span.end - 1} were asked for and the whole file sent"
+        )
+    if size < span.end:
+        raise ObjectChangedError(
+            f"{where}: bytes up to {span.end} were asked for, the file has {size}"
+        )
+    if known is not None and size != known:
+        raise TransientError(f"{where}: a file of {known} bytes was expected, one of {size} came")
+    return size, span.start - begin, len(span)
 
 
 def pieces(data: bytes, size: int = _BLOCK) -> Iterator[memoryview]:

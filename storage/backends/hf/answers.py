@@ -7,28 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from storage.backends.base import ByteRange, ObjectInfo
+from storage.backends.base import ObjectInfo
 from storage.digest import Digest
 from storage.errors import (
     InvalidInput,
     ModelMissingError,
-    ObjectChangedError,
     StorageError,
-    TransientError,
-    UnsupportedOperation,
 )
 
 if TYPE_CHECKING:
     import requests
 
-__all__ = ["GIT_ID", "Facts", "HubObject", "check_key", "described", "extent", "new_object"]
+__all__ = ["GIT_ID", "Facts", "HubObject", "check_key", "described", "new_object"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 GIT_ID = re.compile(r"[0-9a-f]{40}")
 """What git calls a commit, or the content of a file."""
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-# Small files may be sent whole where a part was asked for.
-_MAX_SKIP = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,50 +130,3 @@ def check_key(key: str, where: str, *, writing: bool) -> None:
         problem = "the name .git, which belongs to git"
     if problem is not None:
         raise InvalidInput(f"{where}: the key holds {problem}; the Hub cannot hold such a file")
-
-
-def extent(
-    where: str, span: ByteRange | None, response: requests.Response, known: int | None
-) -> tuple[int | None, int, int | None]:
-    """Return the object's size, the bytes to leave out first, and the bytes wanted.
-
-    Args:
-        where: the object's URI.
-        span: that was asked for.
-        response: that came.
-        known: the object's size, by what the Hub said before.
-
-    Raises:
-        ObjectChangedError: the object is too short for ``span``.
-    """
-    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        raise UnsupportedOperation(
-            f"{where}: it came in the content coding {coding[:40]!r}, although none was asked "
-            "for; a proxy may do that"
-        )
-    length = known
-    if (text := response.headers.get("Content-Length", "")).isdigit():
-        length = int(text)
-    if span is None:
-        return length, 0, length
-    match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if response.status_code == 206 and match is not None:
-        begin, last, size = (int(number) for number in match.groups())
-        if size >= span.end and (begin, last + 1) != (span.start, span.end):
-            raise TransientError(
-                f"{where}: bytes {span.start}-{span.end - 1} were asked for, {begin}-{last} sent"
-            )
-    elif response.status_code == 200 and length is not None and span.start <= _MAX_SKIP:
-        begin, size = 0, length
-    else:
-        raise UnsupportedOperation(
-            f"{where}: bytes {span.start}-{span.end - 1} were asked for and the whole file sent"
-        )
-    if size < span.end:
-        raise ObjectChangedError(
-            f"{where}: bytes up to {span.end} were asked for, the file has {size}"
-        )
-    if known is not None and size != known:
-        raise TransientError(f"{where}: a file of {known} bytes was expected, one of {size} came")
-    return size, span.start - begin, len(span)

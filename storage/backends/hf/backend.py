@@ -25,13 +25,13 @@ from storage.backends.base import (
     OpenOptions,
     Payload,
 )
+from storage.backends.drivers.web import extent
 from storage.backends.hf.answers import (
     GIT_ID,
     Facts,
     HubObject,
     check_key,
     described,
-    extent,
 )
 from storage.backends.hf.errors import translated, understood
 from storage.backends.hf.session import HubSession, check_online

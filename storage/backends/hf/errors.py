@@ -6,35 +6,19 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
-from storage.backends.drivers.fsspec_errors import THROTTLED, Kind, error, retry_after
+from storage.backends.drivers.fsspec_errors import THROTTLED, error, kind_of_status, retry_after
 from storage.backends.drivers.requests_errors import translated as translated_for
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
-    InsufficientSpaceError,
     ModelMissingError,
-    ObjectChangedError,
     StorageError,
     TransientError,
-    UnsupportedOperation,
     one_line,
 )
 
 __all__ = ["from_answer", "from_storage", "translated", "understood"]
 
-_STATUS: dict[int, Kind] = {
-    404: ModelMissingError,
-    405: UnsupportedOperation,
-    407: AuthenticationError,
-    408: TransientError,
-    410: ModelMissingError,
-    412: ObjectChangedError,
-    416: ObjectChangedError,
-    425: TransientError,
-    429: TransientError,
-    501: UnsupportedOperation,
-    507: InsufficientSpaceError,
-}
 _NAMELESS = "Invalid username or password"
 # Codes of S3.
 _DAMAGED = re.compile(r"<Code>(?:BadDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
@@ -84,7 +68,7 @@ def from_answer(
         )
     if status in (401, 403):
         return _refused(where, status, message, anonymous)
-    kind = _STATUS.get(status, TransientError if status >= 500 else StorageError)
+    kind = kind_of_status(status)
     wait = _wait(headers) if issubclass(kind, TransientError) else None
     text = f"{status}: {message}" if message else str(status)
     return error(kind, where, text, wait, throttled=status in THROTTLED)

@@ -11,16 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from storage.backends.drivers.fsspec_errors import THROTTLED, Kind, error, retry_after
+from storage.backends.drivers.fsspec_errors import THROTTLED, error, kind_of_status, retry_after
 from storage.backends.drivers.requests_errors import translated as translated_for
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
     ModelMissingError,
-    ObjectChangedError,
     StorageError,
     TransientError,
-    UnsupportedOperation,
     one_line,
 )
 
@@ -31,18 +29,6 @@ __all__ = ["body", "content_start", "error_of", "scheme_of", "translated"]
 
 _BLOCK = 256 * 1024
 _SMALL = 64 * 1024
-_STATUS: dict[int, Kind] = {
-    404: ModelMissingError,
-    405: UnsupportedOperation,
-    407: AuthenticationError,
-    408: TransientError,
-    410: ModelMissingError,
-    412: ObjectChangedError,
-    416: ObjectChangedError,
-    425: TransientError,
-    429: TransientError,
-    501: UnsupportedOperation,
-}
 
 
 def translated(where: str) -> AbstractContextManager[None]:
@@ -100,7 +86,7 @@ def error_of(
         return ModelMissingError(
             where, f"{where}: the registry has no such tag, digest or layer ({text})"
         )
-    kind = _STATUS.get(status, TransientError if status >= 500 else StorageError)
+    kind = kind_of_status(status)
     wait = None
     if issubclass(kind, TransientError):
         wait = retry_after({"retry-after": response.headers.get("Retry-After")})

@@ -18,7 +18,7 @@ from storage.integrations.kserve.placing import Place
 from storage.uri import parse_uri
 from tests.servers import S3Server
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 MODEL = {"config.json": b"{}", "weights/part-1.bin": bytes(range(256)) * 40, "empty": b""}
 V1 = {"model.bin": b"1", "config.json": b"1", "old/a": b"1", "old/b": b"1"}
 V2 = {"model.bin": b"2", "config.json": b"22", "new/a": b"2"}

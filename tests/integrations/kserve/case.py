@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tests.integrations.kserve_places import Files, Page
+from tests.integrations.kserve.places import Files, Page
 
 __all__ = [
     "MODEL",
@@ -67,7 +67,7 @@ class Case:
 
     Arguments and values of variables are templates: ``$root`` is the URI of the case's own place
     in its store, ``$dest`` the first destination and ``$dest2`` the second; each store has more
-    names (see ``kserve_stores``).
+    names (see ``stores``).
 
     Attributes:
         name: says what the case is about, in words joined by dashes.

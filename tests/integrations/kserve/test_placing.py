@@ -20,7 +20,7 @@ from storage import files
 from storage.errors import DestinationError, InvalidInput, ObjectExistsError
 from storage.integrations.kserve import placing
 from storage.integrations.kserve.placing import Place
-from tests.integrations.kserve_support import V1, V2, child_environment, fill, put, tree
+from tests.integrations.kserve.support import V1, V2, child_environment, fill, put, tree
 from tests.servers import small_disk
 
 
@@ -241,7 +241,7 @@ def _killed_after(moves: int, folder: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         from storage.integrations.kserve import placing
-        from tests.integrations.kserve_support import V2, fill
+        from tests.integrations.kserve.support import V2, fill
 
         folder, moves = sys.argv[1], int(sys.argv[2])
         rename, made = os.rename, 0

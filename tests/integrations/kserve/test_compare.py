@@ -16,17 +16,17 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.integrations.kserve_case import Case, Failed, Files, Wrong
-from tests.integrations.kserve_cases import CASES
-from tests.integrations.kserve_places import Place
-from tests.integrations.kserve_side import (
+from tests.integrations.kserve.case import Case, Failed, Files, Wrong
+from tests.integrations.kserve.cases import CASES
+from tests.integrations.kserve.places import Place
+from tests.integrations.kserve.side import (
     KSERVE_STORAGE,
     Initializer,
     Outcome,
     old_program,
     this_library,
 )
-from tests.integrations.kserve_stores import Stores, stores
+from tests.integrations.kserve.stores import Stores, stores
 from tests.servers.process import ServerError
 
 NOBODY = 65534

@@ -5,12 +5,8 @@ from __future__ import annotations
 import base64
 import gzip
 
-from tests.integrations import (
-    kserve_cases_clouds,
-    kserve_cases_repositories,
-    kserve_cases_s3,
-)
-from tests.integrations.kserve_case import MODEL, Case, Failed, Page, Wrong, tar, zipped
+from tests.integrations.kserve import cases_clouds, cases_repositories, cases_s3
+from tests.integrations.kserve.case import MODEL, Case, Failed, Page, Wrong, tar, zipped
 
 CONFIG = {"config.json": MODEL["config.json"]}
 PART = {"part-1.bin": MODEL["weights/part-1.bin"]}
@@ -207,5 +203,5 @@ HTTP = [
 
 CASES = [
     *(*USAGE, *LOCAL, *CLAIMS, *HTTP),
-    *(*kserve_cases_s3.CASES, *kserve_cases_clouds.CASES, *kserve_cases_repositories.CASES),
+    *(*cases_s3.CASES, *cases_clouds.CASES, *cases_repositories.CASES),
 ]

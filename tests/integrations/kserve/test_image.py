@@ -7,7 +7,7 @@ import re
 import tomllib
 from typing import Any
 
-from tests.integrations.kserve_support import REPOSITORY
+from tests.integrations.kserve.support import REPOSITORY
 
 
 def test_the_image_installs_and_runs_what_there_is() -> None:

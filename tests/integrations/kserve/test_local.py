@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.integrations.kserve.initializer import main
-from tests.integrations.kserve_support import MODEL, public_key, tar, tree
+from tests.integrations.kserve.support import MODEL, public_key, tar, tree
 
 
 def test_a_claim_is_linked_and_not_copied(tmp_path: Path) -> None:

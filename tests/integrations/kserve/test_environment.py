@@ -16,7 +16,7 @@ from storage.errors import ConfigurationError
 from storage.integrations.kserve.authorities import Authorities
 from storage.integrations.kserve.environment import Environment
 from storage.uri import parse_uri
-from tests.integrations.kserve_support import config_for, configs_for
+from tests.integrations.kserve.support import config_for, configs_for
 
 BLOB = "https://modelsacct.blob.core.windows.net/container/model"
 

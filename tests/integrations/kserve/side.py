@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tests.peers.environments import INSIDE, Peer, Release
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 LIMIT = 60.0
 """Seconds that one run may take."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.integrations.kserve_case import MODEL, Case, Failed, Wrong, tar, zipped
+from tests.integrations.kserve.case import MODEL, Case, Failed, Wrong, tar, zipped
 
 TYPES = {"a.safetensors": b"1", "b.bin": b"2", "notes/c.json": b"3"}
 SIBLINGS = {"iris/a.bin": b"1", "iris-v2/b.bin": b"2"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cache.processes import open_folder
-from tests.integrations.kserve_support import (
+from tests.integrations.kserve.support import (
     MODEL,
     child_environment,
     put_all,

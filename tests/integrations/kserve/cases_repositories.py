@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.integrations.kserve_case import MODEL, Case, Failed, Wrong, zipped
+from tests.integrations.kserve.case import MODEL, Case, Failed, Wrong, zipped
 
 TYPES = {"a.safetensors": b"1", "b.bin": b"2", "notes/c.json": b"3"}
 TOKEN = {"HF_TOKEN": "$token"}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 
-from tests.integrations.kserve_side import REPOSITORY
+from tests.integrations.kserve.side import REPOSITORY
 from tests.integrations.mlflow_support import PROJECT
 from tests.peers.environments import INSIDE, Release
 from tests.servers import SeaweedFS, Server, ServerError, free_port

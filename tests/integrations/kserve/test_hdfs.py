@@ -22,7 +22,7 @@ from storage.errors import ConfigurationError, InvalidInput, ModelMissingError, 
 from storage.integrations.kserve import Storage
 from storage.integrations.kserve.environment import Environment
 from storage.integrations.kserve.hdfs import hdfs_source
-from tests.integrations.kserve_support import MODEL, tar, tree
+from tests.integrations.kserve.support import MODEL, tar, tree
 from tests.servers import OddHTTP, Reply, Request, free_port
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.backends.oci_support import Entry, Pusher
-from tests.integrations.kserve_places import Files, Place, Servers
+from tests.integrations.kserve.places import Files, Place, Servers
 from tests.servers import OddHTTP, Reply
 from tests.servers.git_http import PASSWORD, USER, GitHTTP
 from tests.servers.modelscope import TOKEN, ModelScope

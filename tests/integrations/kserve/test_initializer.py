@@ -23,7 +23,7 @@ from storage.integrations.kserve.batch import bring_all
 from storage.integrations.kserve.initializer import main
 from storage.integrations.kserve.model import _Source
 from storage.transfer.plan import Plan
-from tests.integrations.kserve_support import (
+from tests.integrations.kserve.support import (
     MODEL,
     REPOSITORY,
     child_environment,

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Mapping
 
 from tests.backends.oci_support import Entry, tar_of
-from tests.integrations.kserve_case import MODEL, Case, Failed, Wrong, tar, zipped
+from tests.integrations.kserve.case import MODEL, Case, Failed, Wrong, tar, zipped
 
 NO_KEYS: Mapping[str, str | None] = {
     "AWS_ACCESS_KEY_ID": None,

@@ -10,8 +10,8 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from tests.integrations.kserve_places import ACCOUNT_HOST, Files, Page, Place, write
-from tests.integrations.kserve_repositories import Repositories
+from tests.integrations.kserve.places import ACCOUNT_HOST, Files, Page, Place, write
+from tests.integrations.kserve.repositories import Repositories
 from tests.servers import Azurite, NginxHTTP, OddHTTP, Reply, Request, S3Server, free_port
 from tests.servers.process import HOST
 from tests.servers.seaweedfs import PUBLIC_BUCKET, READABLE_BUCKET

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from storage.errors import InvalidInput
-from tests.integrations.kserve_support import V1, put, tree
+from tests.integrations.kserve.support import V1, put, tree
 
 
 @pytest.fixture

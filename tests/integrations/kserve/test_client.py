@@ -24,7 +24,7 @@ from storage.errors import (
 )
 from storage.integrations.kserve import Storage
 from tests.backends.azure_identity_server import IdentityServer
-from tests.integrations.kserve_support import (
+from tests.integrations.kserve.support import (
     MODEL,
     child_environment,
     command,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.kserve_side import REPOSITORY
+from tests.integrations.kserve.side import REPOSITORY
 from tests.servers import S3Server
 
 

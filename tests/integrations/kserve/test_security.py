@@ -18,8 +18,8 @@ import pytest
 
 from storage import AuthenticationError, StorageError
 from storage.integrations.kserve import Storage
-from tests.integrations.kserve_case import zipped
-from tests.integrations.kserve_faults_support import command, is_empty, lead_to, tree
+from tests.integrations.kserve.case import zipped
+from tests.integrations.kserve.faults_support import command, is_empty, lead_to, tree
 from tests.servers import (
     Azurite,
     FakeGCS,
@@ -33,27 +33,9 @@ from tests.servers import (
 from tests.servers.process import HOST
 from tests.servers.tls import TlsFront
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
 OddServer = Callable[..., OddHTTP]
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let attempts follow one another at once."""
-    for wait in ("RETRY_WAIT", "THROTTLE_WAIT"):
-        monkeypatch.setenv(f"STORAGE_TRANSFER__{wait}", "0.05")
-
-
-@pytest.fixture
-def dest(tmp_path: Path) -> Path:
-    """A destination that is not there yet."""
-    return tmp_path / "dest"
-
-
-@pytest.fixture
-def s3(seaweedfs: SeaweedFS, shared_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket that the environment leads to."""
-    lead_to(seaweedfs, monkeypatch)
-    return shared_bucket
 
 
 @pytest.fixture

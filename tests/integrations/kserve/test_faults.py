@@ -17,9 +17,9 @@ import pytest
 from storage import AuthenticationError, IntegrityError, ModelMissingError, StorageError
 from storage.integrations.kserve import Storage
 from tests.backends.oci_support import Pusher
-from tests.integrations.kserve_case import Wrong, tar
-from tests.integrations.kserve_cases import CASES
-from tests.integrations.kserve_faults_support import command, lead_to, tree
+from tests.integrations.kserve.case import Wrong, tar
+from tests.integrations.kserve.cases import CASES
+from tests.integrations.kserve.faults_support import command, lead_to, tree
 from tests.servers import (
     Azurite,
     CountingProxy,
@@ -35,6 +35,8 @@ from tests.servers import (
 )
 from tests.servers.process import HOST
 from tests.servers.registry import Gate, Registry
+
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 OddServer = Callable[..., OddHTTP]
 Proxies = Callable[[str], CountingProxy]
@@ -85,26 +87,6 @@ def test_the_old_program_is_shown_to_have_the_fault(fault: str) -> None:
     cases = {case.name: case for case in CASES}
     for name in COMPARED[fault]:
         assert isinstance(cases[name].old, Wrong), name
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let attempts follow one another at once."""
-    for wait in ("RETRY_WAIT", "THROTTLE_WAIT"):
-        monkeypatch.setenv(f"STORAGE_TRANSFER__{wait}", "0.05")
-
-
-@pytest.fixture
-def dest(tmp_path: Path) -> Path:
-    """A destination that is not there yet."""
-    return tmp_path / "dest"
-
-
-@pytest.fixture
-def s3(seaweedfs: SeaweedFS, shared_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket that the environment leads to."""
-    lead_to(seaweedfs, monkeypatch)
-    return shared_bucket
 
 
 # --- wrong files ------------------------------------------------------------------------------
