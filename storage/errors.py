@@ -37,6 +37,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Self
 from urllib.parse import quote, unquote
 
 __all__ = [
@@ -213,6 +214,12 @@ class StorageError(RuntimeError):
 
     It is a ``RuntimeError`` because that is what model servers catch around a download.
     """
+
+    def __new__(cls, *_args: object, **_options: object) -> Self:
+        """Make one without arguments, which ``__init__`` takes; for errors of the system, too."""
+        # Whoever unpickles by ``cls.__new__(cls)``, as Dask's workers do, would find that of
+        # RuntimeError first, which cannot make an OSError.
+        return (OSError if issubclass(cls, OSError) else RuntimeError).__new__(cls)
 
 
 class ModelMissingError(StorageError, FileNotFoundError):

@@ -367,6 +367,14 @@ def test_errors_survive_pickling_and_copying(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in drawn_errors()}))
+def test_errors_are_made_without_arguments_by_those_who_unpickle_so(name: str) -> None:
+    error = made(name)
+    again = type(error).__new__(type(error))
+    again.args, again.__dict__ = error.args, error.__dict__
+    assert str(again) == str(error) != ""
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in drawn_errors()}))
 def test_errors_say_what_they_were_given(name: str) -> None:
     error = made(name)
     assert any(
