@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from storage.backends.base import Body, ByteRange, ObjectInfo, OpenOptions
-from storage.backends.drivers.web import WebSession, extent
+from storage.backends.drivers.web import WebSession, cut, extent
 from storage.backends.readonly import READ_ONLY, ReadOnlyBackend
 from storage.backends.repositories import check_folder, check_path
 from storage.digest import Digest
@@ -180,7 +180,7 @@ class ModelScopeBackend(ReadOnlyBackend):
             raise
         if span is None:
             return Body(info, self._session.chunks(response, where, size), response.close)
-        chunks = _cut(self._session.chunks(response, where, None), skip, len(span), where)
+        chunks = cut(self._session.chunks(response, where, None), skip, len(span), where)
         return Body(info, chunks, response.close)
 
     def close(self) -> None:
@@ -264,19 +264,6 @@ def _info(key: str, size: int | None, sha256: str) -> ObjectInfo:
     known = _SHA256.fullmatch(sha256) is not None
     digests = (Digest("sha256", sha256),) if known else ()
     return ObjectInfo(key, size, f'"{sha256}"' if known else None, digests=digests)
-
-
-def _cut(chunks: Iterator[bytes], skip: int, length: int, where: str) -> Iterator[memoryview]:
-    """Yield ``length`` bytes after the first ``skip``."""
-    for chunk in chunks:
-        view = memoryview(chunk)[skip : skip + length]
-        skip = max(0, skip - len(chunk))
-        length -= len(view)
-        if len(view):
-            yield view
-        if not length:
-            return
-    raise TransientError(f"{where}: the connection ended {length} bytes too early")
 
 
 def _damaged(where: str, exc: Exception) -> StorageError:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from storage.client.arguments import expected_digest
 from storage.client.offline import Offline, offline_mode, warn_of_copy
 from storage.config.freshness import Freshness, read_freshness
 from storage.digest import Digest, hash_file, tree_digest
@@ -77,7 +78,7 @@ class Download:
         self.patterns = options.patterns
         self.unpack = options.unpack
         self.progress = options.progress
-        self.expected = _expected(location, options.digest)
+        self.expected = expected_digest(location, options.digest)
         settings = client.settings
         self.freshness = read_freshness(
             settings.freshness if options.freshness is None else options.freshness
@@ -427,13 +428,3 @@ class Download:
                 f"{self.location}: the tree is expected to be {self.expected}, but what "
                 f"arrived is {found}; nothing was published"
             )
-
-
-def _expected(location: Location, digest: str | Digest | None) -> Digest | None:
-    given = None if digest is None else Digest.parse(digest)
-    named = None if location.digest is None else Digest.parse(location.digest)
-    if given is not None and named is not None and given != named:
-        raise InvalidInput(
-            f"{location}: the URI expects {named} and the call expects {given}; drop one"
-        )
-    return given or named

@@ -47,12 +47,26 @@ if TYPE_CHECKING:
     from storage.client.cached import CachedDownload
     from storage.client.download import Download
     from storage.transfer.plan import Plan
+    from storage.transfer.progress import ProgressCallback
 
-__all__ = ["PlacedDownload"]
+__all__ = ["PlacedDownload", "tell_present"]
 
 _XATTR = "user.modelstorage.placed"
 _LOCK = "lock"
 _TRIES = 3
+
+
+def tell_present(plan: Plan, progress: ProgressCallback | None) -> None:
+    """Tell ``progress`` of a download that had nothing to do: all is there already."""
+    meter = _meter(plan, progress)
+    meter.add_present(plan.size or 0)
+    for _ in plan.files:
+        meter.add_object()
+    meter.finish()
+
+
+def _meter(plan: Plan, progress: ProgressCallback | None) -> Meter:
+    return Meter("download", plan.uri, plan.size, len(plan.files), progress)
 
 
 class PlacedDownload:
@@ -103,11 +117,7 @@ class PlacedDownload:
         destination = self._destination(is_tree, plan.files[0].path, job.source.id)
         with self._turn(destination, self._version(plan)) as turn:
             if turn.found and self._is_right(plan, destination.path):
-                meter = self._meter(plan)
-                meter.add_present(plan.size or 0)
-                for _ in plan.files:
-                    meter.add_object()
-                meter.finish()
+                tell_present(plan, job.progress)
                 destination.tidy()
                 return destination.path
             return self._fetch(plan, destination, turn, cached)
@@ -143,14 +153,11 @@ class PlacedDownload:
             return True
         return False
 
-    def _meter(self, plan: Plan) -> Meter:
-        return Meter("download", plan.uri, plan.size, len(plan.files), self._job.progress)
-
     def _fetch(
         self, plan: Plan, destination: Destination, turn: _Turn, cached: CachedDownload | None
     ) -> str:
         job = self._job
-        meter = self._meter(plan)
+        meter = _meter(plan, job.progress)
         with destination:
             archive = destination.scratch(plan.files[0].path) if job.unpack else None
             place = archive or destination.content

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-__all__ = ["WatchedModel", "WatchedSource"]
+__all__ = ["WatchedModel", "WatchedSource", "kept_patterns"]
+
+
+def kept_patterns(patterns: str | Iterable[str] | None) -> list[str] | None:
+    """Return patterns as what can be read more than once: each look reads them."""
+    if patterns is None:
+        return None
+    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 class WatchedSource(ABC):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.client.offline import offline_mode
 from storage.client.sourcing import source_of
-from storage.client.watched import WatchedModel, WatchedSource
+from storage.client.watched import WatchedModel, WatchedSource, kept_patterns
 from storage.client.watching import OnChange, OnError, Watcher, WatchOptions
 from storage.transfer.plan import Patterns
 from storage.uri import parse_uri
@@ -92,8 +92,8 @@ class ModelWatcher(Watcher):
             uri,
             {
                 "config": config,
-                "allow_patterns": _several(allow_patterns),
-                "ignore_patterns": _several(ignore_patterns),
+                "allow_patterns": kept_patterns(allow_patterns),
+                "ignore_patterns": kept_patterns(ignore_patterns),
             },
             {
                 "unpack": unpack,
@@ -104,11 +104,6 @@ class ModelWatcher(Watcher):
         )
         options = WatchOptions(interval, dest, initial, current, settle, on_error)
         super().__init__(str(source.location), source, on_change, options)
-
-
-def _several(patterns: str | Iterable[str] | None) -> str | list[str] | None:
-    """Return patterns that can be read more than once."""
-    return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
 
 
 class _UriSource(WatchedSource):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.client.offline import offline_mode
 from storage.client.sourcing import source_of
-from storage.client.watched import WatchedSource
+from storage.client.watched import WatchedSource, kept_patterns
 from storage.client.watching import OnChange, OnError, Watcher, WatchOptions
 from storage.errors import ObjectChangedError
 from storage.registry import layout
@@ -69,8 +69,8 @@ class RegistryWatcher(Watcher):
             InvalidInput: an argument is unusable.
         """
         choice = {
-            "allow_patterns": None if allow_patterns is None else _listed(allow_patterns),
-            "ignore_patterns": None if ignore_patterns is None else _listed(ignore_patterns),
+            "allow_patterns": kept_patterns(allow_patterns),
+            "ignore_patterns": kept_patterns(ignore_patterns),
             "durable": durable,
             "progress": progress,
             "require_signature": require_signature,
@@ -80,11 +80,6 @@ class RegistryWatcher(Watcher):
         name = f"{registry.location} {model}@{wanted}"
         options = WatchOptions(interval, dest, initial, current, settle, on_error)
         super().__init__(name, source, on_change, options)
-
-
-def _listed(patterns: str | Iterable[str]) -> list[str]:
-    """Return patterns that can be read more than once."""
-    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 class _RegistrySource(WatchedSource):

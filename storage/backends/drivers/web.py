@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
@@ -39,6 +39,7 @@ __all__ = [
     "REDIRECTS",
     "Connections",
     "WebSession",
+    "cut",
     "extent",
     "origin",
     "pieces",
@@ -402,6 +403,25 @@ def extent(
     if known is not None and size != known:
         raise TransientError(f"{where}: a file of {known} bytes was expected, one of {size} came")
     return size, span.start - begin, len(span)
+
+
+def cut(chunks: Iterable[bytes], skip: int, length: int, where: str) -> Iterator[bytes]:
+    """Yield ``length`` bytes of a body after its first ``skip``.
+
+    Raises:
+        TransientError: it ends too early.
+    """
+    if not length:
+        return
+    for chunk in chunks:
+        part = chunk[skip : skip + length]
+        skip = max(0, skip - len(chunk))
+        length -= len(part)
+        if part:
+            yield part
+        if not length:
+            return
+    raise TransientError(f"{where}: the connection ended {length} bytes too early")
 
 
 def pieces(data: bytes, size: int = _BLOCK) -> Iterator[memoryview]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.backends.drivers.fsspec_errors import THROTTLED, error, kind_of_status, retry_after
 from storage.backends.drivers.requests_errors import translated as translated_for
+from storage.backends.drivers.web import cut
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -124,16 +125,4 @@ def body(response: requests.Response, skip: int, length: int, where: str) -> Ite
         TransientError: it ends too early.
     """
     with translated(where):
-        left = length
-        if left == 0:
-            return
-        for piece in response.raw.stream(_BLOCK, decode_content=False):
-            dropped = min(skip, len(piece))
-            skip -= dropped
-            part = piece[dropped : dropped + left]
-            left -= len(part)
-            if part:
-                yield part
-            if not left:
-                return
-        raise TransientError(f"{where}: the connection ended {left} bytes too early")
+        yield from cut(response.raw.stream(_BLOCK, decode_content=False), skip, length, where)

@@ -13,7 +13,6 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
@@ -29,6 +28,7 @@ from storage.errors import (
     conceal,
     one_line,
 )
+from storage.lazy import lazy_property
 
 if TYPE_CHECKING:
     import requests
@@ -237,7 +237,7 @@ class RegistrySession:
             host += ":80" if self.scheme == "http" else ":443"
         return host
 
-    @cached_property
+    @lazy_property
     def _container(self) -> Any:
         with _oras():
             from oras.container import Container

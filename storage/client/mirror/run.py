@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from storage import cancellation
-from storage.client.arguments import writable
+from storage.client.arguments import expected_digest, writable
 from storage.client.mirror.batch import Batch, Ends, ItemOutcome, copy_batch
 from storage.client.mirror.crew import TRIES, AnyExecutor, Crew, GoneError
 from storage.client.mirror.links import check_links
@@ -26,7 +26,7 @@ from storage.client.mirror.options import MirrorFailure, MirrorOptions, MirrorRe
 from storage.client.mirror.plan import MirrorItem, MirrorPlan
 from storage.config.origin import origin_of
 from storage.config.plain import PlainTransfer
-from storage.digest import Digest, digest_of_ordered
+from storage.digest import digest_of_ordered
 from storage.errors import (
     AuthenticationError,
     BucketMissingError,
@@ -85,7 +85,7 @@ class _Mirror:
         self._options = options
         self._plan = plan
         self._patterns = Patterns(options.allow_patterns, options.ignore_patterns)
-        self._expected = _expected(source, options)
+        self._expected = expected_digest(source, options.digest)
         # What it is a digest of is known when the source was asked.
         self._source = replace(source, digest=None)
         self._began = time.monotonic()
@@ -440,16 +440,6 @@ class _Mirror:
             self._resubmitted,
             time.monotonic() - self._began,
         )
-
-
-def _expected(source: Location, options: MirrorOptions) -> Digest | None:
-    given = None if options.digest is None else Digest.parse(options.digest)
-    named = None if source.digest is None else Digest.parse(source.digest)
-    if given is not None and named is not None and given != named:
-        raise InvalidInput(
-            f"{source} names the digest {named}, and digest= says {given}; give one of them"
-        )
-    return given or named
 
 
 def _path_here(backend: Backend, location: Location) -> str | None:

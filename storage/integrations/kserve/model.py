@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from storage.client.client import StorageClient
 from storage.client.download import Download, DownloadOptions
 from storage.client.offline import offline_mode
+from storage.client.placed import tell_present
 from storage.errors import (
     AuthenticationError,
     ModelMissingError,
@@ -271,7 +272,7 @@ class _Source:
             mark = hashlib.sha256(f"{mark} {job.unpack} {demands}".encode()).hexdigest()[:32]
         with self._wish.place(folder) as place:
             if plan is not None and place.is_current(mark):
-                self._tell_present(plan)
+                tell_present(plan, self._wish.progress)
                 return folder
             path = job.run(place.path("model"))
             with translate_os_errors(folder):
@@ -284,13 +285,6 @@ class _Source:
             right = plan is not None and job.is_of(plan)
             place.publish(mark if right else None, durable=job.durable)
         return folder
-
-    def _tell_present(self, plan: Plan) -> None:
-        meter = Meter("download", plan.uri, plan.size, len(plan.files), self._wish.progress)
-        meter.add_present(plan.size or 0)
-        for _ in plan.files:
-            meter.add_object()
-        meter.finish()
 
 
 def _pins(plan: Plan) -> list[object]:
