@@ -177,30 +177,43 @@ class Spool:
                     f"a {report.kind} of {len(line)} bytes is longer than the {self._max_record} "
                     "that a record may have; report less at once"
                 )
+            header = None if self._goes_on_with(line) else self._header()
+            size = len(line) + (0 if header is None else len(header.line()))
             limit = self._max_bytes * _SHARES.get(report.kind, 1.0)
-            if self.used + len(line) > limit:
+            if self.used + size > limit:
                 raise InsufficientSpaceError(
                     f"{files.shown(self.folder)}: the spool has {self.used} of {int(limit)} bytes "
                     f"for a {report.kind}; it was not taken; let the store be reached, or allow "
                     "more"
                 )
             with self.told("the report was not taken"):
-                self._write(number, line)
+                self._write(number, line, header)
         self.on_append()
         return number
 
-    def _write(self, number: int, line: bytes) -> None:
+    def _goes_on_with(self, line: bytes) -> bool:
+        """Whether the newest segment takes this line too; else one begins with it."""
         segment = self._active
-        if segment is not None and segment.is_gone:
+        if segment is None:
+            return False
+        if segment.is_gone:
             _log.error("%s was removed by somebody, with what was in it", files.shown(segment.path))
-            segment = None
-        if segment is None or (segment.size and segment.size + len(line) > self._segment_bytes):
+            self.retire()
+            return False
+        return 0 < segment.size <= self._segment_bytes - len(line)
+
+    def _header(self) -> Header:
+        return Header(self.client, self._stream, files.boot_id(), self._inode)
+
+    def _write(self, number: int, line: bytes, header: Header | None) -> None:
+        if header is not None:
             self.retire()
             name = journal.segment_name(number, self._stream)
-            header = Header(self.client, self._stream, files.boot_id(), self._inode)
-            segment = self._active = SegmentWriter(self.path("segments", name), header)
+            self._active = SegmentWriter(self.path("segments", name), header)
             if not self.segments or self.segments[-1] != name:
                 self.segments.append(name)
+        segment = self._active
+        assert segment is not None
         before = segment.size
         try:
             segment.append(line, sync=self._durable)
@@ -285,8 +298,9 @@ class Spool:
             number = number + 1 if line.number is None else max(number, line.number)
         self._last = max(self._last, number)
         header = journal.read_header(path)
-        here = Header(self.client, "", files.boot_id(), self._inode)
-        if header is None or replace(header, stream="") != here or here.boot is None:
+        if header is None or header.boot is None:
+            return
+        if header != replace(self._header(), stream=header.stream):
             return
         self._stream = header.stream
         self._active = SegmentWriter(path)

@@ -285,6 +285,16 @@ def test_a_full_spool_says_so_and_telemetry_first(folder: Path, store: Path) -> 
     assert spool.pending == 1
 
 
+def test_the_limit_holds_for_headers_too(tmp_path: Path) -> None:
+    # Wherever the last segment would begin.
+    for limit in range(2000, 3000, 20):
+        spool = open_spool(tmp_path / str(limit), max_bytes=limit)
+        fill_up(spool, records.status)
+        sizes = [path.stat().st_size for path in segments(tmp_path / str(limit))]
+        assert limit - 500 < sum(sizes) == spool.used <= limit
+        spool.close()
+
+
 def test_nothing_is_lost_on_a_full_disk(full_disk: Path, store: Path) -> None:
     spool = Spool(full_disk / "spool", CLIENT, segment_bytes=200_000)
     taken = fill_up(spool, lambda number: observation(number, 50_000))
