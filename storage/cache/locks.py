@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -37,17 +37,26 @@ class SourceLock:
     given back; :func:`remove_stale` removes it.
     """
 
-    def __init__(self, path: str, *, timeout: float, stall: float = 60.0) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        timeout: float,
+        stall: float = 60.0,
+        done: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Describe the lock; nothing is touched.
 
         Args:
             path: of its file. Folders above it are made.
             timeout: seconds to wait for it at most.
             stall: seconds to wait for a holder that gives no sign of life (:meth:`beat`).
+            done: tells that another one has done it all; asked before each look at the lock.
         """
         self._path = path
         self._timeout = timeout
         self._stall = stall
+        self._done = done
         self._lock: BaseFileLock | None = None
         self._beaten = 0.0
 
@@ -105,7 +114,7 @@ class SourceLock:
         began = changed = time.monotonic()
         seen: object = None
         pause = _FIRST_PAUSE
-        while True:
+        while not self._done():
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
                 self._lock = lock

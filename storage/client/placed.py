@@ -246,29 +246,44 @@ class _Turn:
         """Whether the version is there already."""
 
     def __enter__(self) -> Self:
-        self.found = self._is_there()
-        if self._version is None or self.found:
+        if self._version is None:
+            return self
+        folder = self._destination.reserved(self._source)
+        if self._is_settled(folder):
             return self
         try:
             with contextlib.suppress(OSError):  # whoever cannot write there says so soon
                 self._made = make_parents(os.path.dirname(self._destination.path))
-                self._folder = self._destination.reserved(self._source)
-                self._lock = self._wait(os.path.join(self._folder, _LOCK))
-                self.found = self._is_there()
+                self._folder = folder
+                self._lock = self._wait(folder)
+            self.found = self.found or self._is_there()
         except BaseException as exc:
             self.__exit__(type(exc), exc, exc.__traceback__)
             raise
+        if self.found:
+            # There is nothing to do that others should wait for.
+            self.__exit__(None, None, None)
         return self
 
-    def _wait(self, file: str) -> SourceLock:
+    def _wait(self, folder: str) -> SourceLock:
         over = time.monotonic() + self._timeout
         for _ in range(_TRIES):
-            # Whoever has the lock lives, and gives it back if its transfer stalls.
-            lock = SourceLock(file, timeout=self._timeout, stall=self._timeout).__enter__()
+            lock = SourceLock(
+                os.path.join(folder, _LOCK),
+                timeout=self._timeout,
+                # Whoever has the lock lives, and gives it back if its transfer stalls.
+                stall=self._timeout,
+                done=lambda: self._is_settled(folder),
+            ).__enter__()
             # Somebody may have removed the folder, as one that a killed process left.
-            if lock.acquired or time.monotonic() > over:
+            if lock.acquired or self.found or time.monotonic() > over:
                 break
         return lock
+
+    def _is_settled(self, folder: str) -> bool:
+        """Tell whether the version is there, and whoever put it there has left."""
+        self.found = not os.path.lexists(folder) and self._is_there()
+        return self.found
 
     def __exit__(
         self,
@@ -277,8 +292,9 @@ class _Turn:
         traceback: TracebackType | None,
     ) -> None:
         lock, self._lock = self._lock, None
-        if self._folder is not None:
-            file = os.path.join(self._folder, _LOCK)
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            file = os.path.join(folder, _LOCK)
             with contextlib.suppress(OSError):
                 if (lock is not None and lock.acquired) or not is_locked(file):
                     # While it is held: whoever waits for it begins again with a new one.
@@ -286,10 +302,10 @@ class _Turn:
             if lock is not None:
                 lock.__exit__(exc_type, exc, traceback)
             with contextlib.suppress(OSError):
-                os.rmdir(self._folder)
-        for folder in reversed(self._made if exc_type is not None else []):
-            with contextlib.suppress(OSError):
                 os.rmdir(folder)
+        for made in reversed(self._made if exc_type is not None else []):
+            with contextlib.suppress(OSError):
+                os.rmdir(made)
 
     def _is_there(self) -> bool:
         """Tell whether the version is there, as it was put there."""

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,30 @@ def test_threads_of_one_process_take_turns_too(
     assert errors == []
     assert proxy.answered < SIZE + 100_000
     assert os.listdir(out / "deep") == ["model"]
+
+
+def test_those_who_waited_do_not_hold_each_other_up(tmp_path: Path) -> None:
+    """Each of them may have gigabytes to compare with a digest."""
+    together = threading.Barrier(3, timeout=30)
+
+    def turn_at(destination: Destination) -> _Turn:
+        return _Turn(destination, "5" * 64, "1", durable=False, timeout=60)
+
+    def look() -> tuple[bool, list[str]]:
+        with turn_at(Destination(str(tmp_path / "m"), tree=False)) as turn:
+            together.wait()
+            return turn.found, os.listdir(tmp_path)
+
+    with ThreadPoolExecutor(3) as pool:
+        destination = Destination(str(tmp_path / "m"), tree=False)
+        with turn_at(destination) as first:
+            looks = [pool.submit(look) for _ in range(3)]
+            with destination:
+                Path(destination.content).write_bytes(b"m")
+                # Nobody has the turn before this one ends, or sees what is there.
+                assert wait(looks, timeout=0.5).done == set()
+                first.publish("1")
+        assert [each.result() for each in looks] == [(True, ["m"])] * 3
 
 
 def test_a_failed_download_leaves_no_folder_for_turns(

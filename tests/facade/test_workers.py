@@ -36,12 +36,15 @@ WORKER = """
 import json, os, sys
 from storage import Storage, tree_digest
 from storage.digest import hash_file
+from storage.transfer.destination import NOT_OF_TREE
 
 def digest_of(path):
     if os.path.isfile(path):
         return str(hash_file(path, ("sha256",))["sha256"])
     found = {}
-    for root, _, files in os.walk(path):
+    for root, folders, files in os.walk(path):
+        # Where entries move one by one, who waits for a turn does so in there.
+        folders[:] = [name for name in folders if not NOT_OF_TREE.fullmatch(name)]
         for name in files:
             file = os.path.join(root, name)
             found[os.path.relpath(file, path)] = hash_file(file, ("sha256",))["sha256"]

@@ -171,7 +171,7 @@ def test_stopping_does_not_wait_for_a_coroutine_that_waits_for_the_loop(
             await asyncio.sleep(0.01)
         began = time.monotonic()
         watcher.stop()  # on the very loop that the coroutine needs
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         await asyncio.sleep(0.01)
 
     asyncio.run(main())
@@ -207,7 +207,7 @@ def test_changes_are_iterated_over_until_the_watcher_is_stopped(
         began = time.monotonic()
         seen = [model async for model in stopping.changes()]
         assert len(seen) == 1
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
         await task
 
     asyncio.run(main())
@@ -238,7 +238,7 @@ def test_iterating_goes_on_after_failures_and_ends_with_its_task(s3: S3Store) ->
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 6  # all would take 8
 
     with (
         FaultProxy(s3.server.endpoint, link=Link(shared_rate=4 * MIB), store="s3") as proxy,
