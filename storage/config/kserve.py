@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from storage.config.base import given
 from storage.config.resolve import config_class, read_type
@@ -126,12 +125,6 @@ def _adapt_s3(fields: dict[str, Any], environ: Mapping[str, str]) -> None:
             "cabundle_configmap" in fields and os.path.isfile(path)
         ):
             fields["ca_bundle"] = path
-    endpoint, region = fields.get("endpoint_url"), fields.get("region")
-    if region not in (None, "us-east-1") and isinstance(endpoint, str):
-        # The global endpoint answers for one region and redirects from all the others.
-        parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-        if parts.hostname == "s3.amazonaws.com":
-            del fields["endpoint_url"]
 
 
 def _adapt_gs(fields: dict[str, Any], environ: Mapping[str, str]) -> None:

@@ -98,6 +98,26 @@ def test_region_of_the_config_wins_if_it_was_given(
         ("auto", "http://h:1", False, "http://h:1"),
         ("path", None, False, None),
         ("virtual", "http://h:1", True, "http://bucket.h:1"),
+        *(
+            ("auto", f"https://{host}", True, f"https://bucket.{host}")
+            for host in (
+                "s3.amazonaws.com",
+                "s3.eu-west-1.amazonaws.com",
+                "s3.dualstack.eu-west-1.amazonaws.com",
+                "s3-fips.us-gov-west-1.amazonaws.com",
+                "s3.cn-north-1.amazonaws.com.cn",
+                "s3-accelerate.dualstack.amazonaws.com",
+            )
+        ),
+        # One of a network's own, and one that only looks like Amazon's.
+        *(
+            ("auto", f"https://{host}", False, f"https://{host}")
+            for host in (
+                "bucket.vpce-1a-2b.s3.eu-west-1.vpce.amazonaws.com",
+                "s3.amazonaws.com.minio.example",
+                "minio.example/s3.amazonaws.com",
+            )
+        ),
     ],
 )
 def test_addressing_style(style: Any, endpoint: str | None, virtual: bool, url: str | None) -> None:
@@ -107,9 +127,38 @@ def test_addressing_style(style: Any, endpoint: str | None, virtual: bool, url: 
     assert arguments.get("endpoint") == url
 
 
-def test_bucket_with_dots_is_addressed_by_path() -> None:
+@pytest.mark.parametrize("endpoint", [None, "https://s3.us-west-2.amazonaws.com"])
+def test_bucket_with_dots_is_addressed_by_path(endpoint: str | None) -> None:
     # A wildcard certificate covers one label only.
-    assert obstore(S3Config("AK", "SK"), "my.bucket")["virtual_hosted_style_request"] is False
+    config = S3Config("AK", "SK", endpoint_url=endpoint)
+    assert obstore(config, "my.bucket")["virtual_hosted_style_request"] is False
+
+
+def test_acceleration_knows_buckets_by_the_name_of_the_host_alone() -> None:
+    arguments = obstore(S3Config("AK", "SK", use_accelerate=True))
+    assert arguments["virtual_hosted_style_request"] is True
+    assert arguments["endpoint"] == "https://bucket.s3-accelerate.amazonaws.com"
+
+
+@pytest.mark.parametrize("ambient", [False, True], ids=["config", "variable"])
+@pytest.mark.parametrize(
+    ("endpoint", "region", "used"),
+    [
+        ("https://s3.amazonaws.com", "eu-west-1", "https://s3.eu-west-1.amazonaws.com"),
+        ("http://S3.amazonaws.com/", "eu-west-1", "http://s3.eu-west-1.amazonaws.com"),
+        ("s3.amazonaws.com", "eu-west-1", "https://s3.eu-west-1.amazonaws.com"),
+        ("https://s3.amazonaws.com", "us-east-1", "https://s3.amazonaws.com"),
+        ("https://s3.amazonaws.com", None, "https://s3.amazonaws.com"),
+    ],
+)
+def test_the_global_endpoint_gives_way_to_the_region_s(
+    endpoint: str, region: str | None, used: str, ambient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ambient:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    config = S3Config("AK", "SK", region=region, endpoint_url=None if ambient else endpoint)
+    assert s3fs_arguments(config)["endpoint_url"] == used
+    assert obstore(config)["endpoint"] == used.replace("://", "://bucket.")
 
 
 def test_anonymous_signs_nothing() -> None:

@@ -315,6 +315,7 @@ def test_way_is_chosen_by_the_endpoint() -> None:
         return value
 
     assert chosen() == "CRC64NVME"
+    assert chosen(endpoint_url="https://s3.eu-west-1.amazonaws.com") == "CRC64NVME"
     assert chosen(endpoint_url="http://h") == "SHA256"
     assert chosen(upload_checksum="sha256") == "SHA256"
     assert chosen(upload_checksum="md5") is None

@@ -210,24 +210,6 @@ def test_a_bad_field_is_named(config: dict[str, Any], message: str) -> None:
         read(config)
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "region", "kept"),
-    [
-        ("https://s3.amazonaws.com", "eu-west-1", False),
-        ("s3.amazonaws.com", "eu-west-1", False),
-        ("https://s3.amazonaws.com", "us-east-1", True),
-        ("https://s3.amazonaws.com", None, True),
-        ("https://s3.amazonaws.com.minio.example", "eu-west-1", True),
-        ("https://minio.example/s3.amazonaws.com", "eu-west-1", True),
-    ],
-)
-def test_the_global_endpoint_gives_way_to_the_region_s(
-    endpoint: str, region: str | None, kept: bool
-) -> None:
-    config: Any = read({"type": "s3", "endpoint_url": endpoint, "region": region})
-    assert (config.endpoint_url is not None) is kept
-
-
 def test_the_authorities_of_a_config_map(tmp_path: Path) -> None:
     def bundle(fields: dict[str, Any], **variables: str) -> str | None:
         config: Any = read({"type": "s3", **fields}, **variables)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["obstore_arguments", "open_backend", "s3fs_arguments"]
 
 _COPY_LIMIT = 5 * 1024**3
+_AMAZON = re.compile(
+    r"https?://s3(-[a-z0-9-]+)?(\.dualstack)?(\.[a-z0-9-]+)?\.amazonaws\.com(\.cn)?", re.IGNORECASE
+)
+_AMAZON_GLOBAL = re.compile(r"(https?)://s3\.amazonaws\.com", re.IGNORECASE)
 _CREDENTIALS_TTL = timedelta(minutes=10)
 _CAPABILITIES = Capabilities(copy_across=True, if_match=True, sign=True, checksums=True)
 
@@ -117,7 +122,8 @@ def obstore_arguments(bucket: str, config: S3Config | None, options: OpenOptions
     }
     style = config.addressing_style if config is not None else "auto"
     if style == "auto":
-        style = "path" if endpoint is not None or "." in bucket else "virtual"
+        # A certificate of Amazon's is for one label; other stores may have no names of buckets.
+        style = "virtual" if _is_amazon(endpoint) and "." not in bucket else "path"
     if endpoint is not None:
         if style == "virtual":
             scheme, _, host = endpoint.partition("://")
@@ -209,7 +215,16 @@ def _endpoint(config: S3Config | None) -> str | None:
     fault = endpoint_fault(endpoint)
     if fault is not None:
         raise ConfigurationError(f"{origin}: {fault}; it is {one_line(repr(endpoint), 80)}")
-    return endpoint.rstrip("/")
+    endpoint = endpoint.rstrip("/")
+    known = _AMAZON_GLOBAL.fullmatch(endpoint)
+    if known and _region(config) != "us-east-1":
+        # It answers for one region and redirects from all the others.
+        return f"{known[1]}://s3.{_region(config)}.amazonaws.com"
+    return endpoint
+
+
+def _is_amazon(endpoint: str | None) -> bool:
+    return endpoint is None or _AMAZON.fullmatch(endpoint) is not None
 
 
 def _upload_checksum(config: S3Config | None) -> str:
@@ -217,7 +232,7 @@ def _upload_checksum(config: S3Config | None) -> str:
     if chosen != "auto":
         return chosen
     # Stores other than AWS's have known the one for longer than the other.
-    return "crc64nvme" if _endpoint(config) is None else "sha256"
+    return "crc64nvme" if _is_amazon(_endpoint(config)) else "sha256"
 
 
 def _network(config: S3Config | None) -> Network:

@@ -156,13 +156,10 @@ class Environment:
         if stored and location.type == "azure":
             fields.pop("anonymous", None)  # somebody says who we are
         fields |= stored
-        named = fields.get("endpoint_url")
         complete_fields(location.type, fields, self.variables)
         known = wanted.model_fields
         if location.type == "s3":
             self._check_bundle(fields)
-            if named is not None and fields.get("endpoint_url") is None:
-                _name_region(fields, location.bucket)
         elif "ca_bundle" in known and "ca_bundle" not in fields:
             fields["ca_bundle"] = authorities.bundle(oci=location.type == "oci")
         fields = {
@@ -307,13 +304,3 @@ class Environment:
 def _is_signed(location: Location) -> bool:
     """Tell whether the URI of a blob or a file brings its own credential."""
     return re.search(r"(?:^|&)sig=", location.query or "") is not None
-
-
-def _name_region(fields: dict[str, Any], bucket: str) -> None:
-    """Name the endpoint of a bucket's region, where Amazon's global one was taken away.
-
-    Without it the variable ``AWS_ENDPOINT_URL`` would bring the global one back.
-    """
-    fields["endpoint_url"] = f"https://s3.{fields['region']}.amazonaws.com"
-    # A certificate of Amazon's is for one label.
-    fields.setdefault("addressing_style", "path" if "." in bucket else "virtual")

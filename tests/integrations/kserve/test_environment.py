@@ -34,10 +34,6 @@ BLOB = "https://modelsacct.blob.core.windows.net/container/model"
             {"endpoint_url": "https://n"},
         ),
         ({"AWS_DEFAULT_REGION": "eu-west-1", "AWS_REGION": "us-west-2"}, {"region": "eu-west-1"}),
-        (
-            {"AWS_ENDPOINT_URL": "https://s3.amazonaws.com", "AWS_DEFAULT_REGION": "eu-west-1"},
-            {"endpoint_url": "https://s3.eu-west-1.amazonaws.com", "region": "eu-west-1"},
-        ),
         ({"S3_VERIFY_SSL": "0"}, {"verify_ssl": False}),
         ({"S3_VERIFY_SSL": "False"}, {"verify_ssl": False}),
         ({"awsAnonymousCredential": "True"}, {"anonymous": True}),
