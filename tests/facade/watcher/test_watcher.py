@@ -283,4 +283,4 @@ def test_stopping_ends_a_wait_at_once_and_may_be_done_by_on_change(
     began = time.monotonic()
     watcher.stop()
     watcher.stop()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 5
