@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import subprocess
 from datetime import UTC, datetime
@@ -202,9 +203,11 @@ def test_cat_streams_and_a_reader_that_leaves_is_no_error(command: Command, tmp_
 def test_results_without_a_reader_are_no_error(
     command: Command, uri: str, options: tuple[str, ...]
 ) -> None:
-    process = command.start("ls", uri, *options)
-    assert process.stdout is not None
-    process.stdout.close()
+    reading, writing = os.pipe()
+    # Before the command begins, which may be done before this process is heard of again.
+    os.close(reading)
+    process = command.start("ls", uri, *options, stdout=writing)
+    os.close(writing)
     assert process.stderr is not None
     assert process.stderr.read() == b""
     assert process.wait(60) == 128 + signal.SIGPIPE
