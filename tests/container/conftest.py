@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 from collections.abc import Callable
@@ -66,6 +67,8 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def open_files() -> Callable[[], set[str]]:
     """Tell which regular files this process has open, by descriptor and name."""
+    # Earlier tests may have left some to the collector, which comes when it likes.
+    gc.collect()
 
     def find() -> set[str]:
         found = set()
