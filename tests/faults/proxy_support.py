@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import socket
 import ssl
@@ -14,8 +13,10 @@ from storage.testing.fault_script import Fault
 from tests.faults.scripts import once
 
 DATA = random.Random(5).randbytes(300_000)
-# Seconds without a byte after which nothing more is expected. A busy machine pauses for less.
+# Seconds without a byte that show a client that nothing more comes.
 QUIET = 2.0
+# Seconds in which comes what is to come, however busy the machine is.
+PATIENCE = 60.0
 
 
 class Seen(NamedTuple):
@@ -44,11 +45,12 @@ class Client:
     def __init__(self, endpoint: str, context: ssl.SSLContext | None = None) -> None:
         parts = urlsplit(endpoint)
         assert parts.hostname is not None
-        self.socket = socket.create_connection((parts.hostname, parts.port), timeout=10)
+        self.socket = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE)
         if context is not None:
             self.socket = context.wrap_socket(
                 self.socket, server_hostname=parts.hostname, suppress_ragged_eofs=False
             )
+        self._reset = False
 
     def __enter__(self) -> Client:
         return self
@@ -61,12 +63,21 @@ class Client:
         if body:
             head.append(f"Content-Length: {len(body)}")
         text = "\r\n".join(head).encode() + b"\r\n\r\n"
-        # It may be reset midway.
-        with contextlib.suppress(OSError):
+        # It may be reset midway; who has been told so while he sends is not told again.
+        try:
             self.socket.sendall(text + body)
+        except ConnectionResetError:
+            self._reset = True
+        except OSError:
+            pass
 
-    def receive(self, *, bodiless: bool = False) -> Seen:
-        """Read one answer, until it is whole or nothing more comes."""
+    def receive(self, *, bodiless: bool = False, silent_after: int | None = None) -> Seen:
+        """Read one answer, until it is whole or nothing more comes.
+
+        Args:
+            bodiless: whether it ends with its head.
+            silent_after: bytes of the body after which nothing more is expected.
+        """
         data = b""
         ending = ""
         while not ending:
@@ -79,11 +90,12 @@ class Client:
                     return seen
                 if chunked and body.endswith(b"0\r\n\r\n"):
                     return seen
-            self.socket.settimeout(QUIET if data else 5)
+            silent = silent_after is not None and end and len(body) >= silent_after
+            self.socket.settimeout(QUIET if silent else PATIENCE)
             try:
                 block = self.socket.recv(1 << 20)
                 data += block
-                ending = "" if block else "closed"
+                ending = "" if block else "reset" if self._reset else "closed"
             except (ConnectionResetError, ssl.SSLEOFError):
                 # Under TLS, Python shows a reset as an end without goodbye.
                 ending = "reset"
@@ -91,9 +103,16 @@ class Client:
                 ending = "open"
         return Seen(head.decode("latin-1"), body, ending)
 
-    def ask(self, method: str, target: str, *lines: str, body: bytes = b"") -> Seen:
+    def ask(
+        self,
+        method: str,
+        target: str,
+        *lines: str,
+        body: bytes = b"",
+        silent_after: int | None = None,
+    ) -> Seen:
         self.send(method, target, *lines, body=body)
-        return self.receive(bodiless=method == "HEAD")
+        return self.receive(bodiless=method == "HEAD", silent_after=silent_after)
 
 
 def see(
@@ -102,6 +121,7 @@ def see(
     method: str = "GET",
     path: str = "/model.bin",
     body: bytes = b"",
+    silent_after: int | None = None,
     **options: object,
 ) -> Seen:
     """Return what a new client sees of its first request, which meets ``fault``."""
@@ -110,4 +130,4 @@ def see(
         FaultProxy(target, script, **options) as proxy,  # type: ignore[arg-type]
         Client(proxy.endpoint) as client,
     ):
-        return client.ask(method, path, body=body)
+        return client.ask(method, path, body=body, silent_after=silent_after)

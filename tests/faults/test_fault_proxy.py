@@ -22,6 +22,9 @@ from tests.servers.nginx_http import NginxHTTP
 from tests.servers.odd_http import OddHTTP, Reply
 from tests.servers.seaweedfs import SeaweedFS
 
+# Seconds in which a proxy ends at once, however busy the machine is; what hangs hangs for longer.
+SOON = 30.0
+
 # Nothing goes wrong.
 
 
@@ -113,9 +116,11 @@ def test_an_answer_that_comes_before_the_body_reaches_the_client(server: NginxHT
 
 
 def test_a_server_that_is_not_there_is_a_502() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    assert see(f"http://127.0.0.1:{port}", None).status == 502
+    # Nobody listens there, and nobody else can, not even the proxy itself.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        assert see(f"http://127.0.0.1:{port}", None).status == 502
 
 
 def test_what_is_no_http_ends_the_connection(echo: OddHTTP) -> None:
@@ -141,7 +146,8 @@ def test_large_bodies_pass_both_ways(seaweedfs: SeaweedFS, shared_bucket: str, p
         assert proxy.bytes_up == proxy.bytes_down == 64 << 20
 
 
-def test_clients_over_tls_are_served(server: NginxHTTP) -> None:
+def test_clients_over_tls_are_served(server: NginxHTTP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.testing.fault_proxy._HANDSHAKE", 10 * SOON)
     authority = trustme.CA()
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(tls)
@@ -157,10 +163,11 @@ def test_clients_over_tls_are_served(server: NginxHTTP) -> None:
         with Client(proxy.endpoint, trust) as client:
             assert client.ask("GET", "/model.bin").ending == "reset"
         with Client(proxy.endpoint, trust) as client, Client(proxy.endpoint):
-            assert client.ask("GET", "/model.bin").ending == "open"
+            half = len(DATA) // 2
+            assert client.ask("GET", "/model.bin", silent_after=half).ending == "open"
             began = time.monotonic()
             proxy.__exit__(None, None, None)
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < SOON
 
 
 # Around it.
@@ -191,7 +198,7 @@ def test_it_stops_soon_whatever_hangs(server: NginxHTTP, kind: str) -> None:
     try:
         with contextlib.ExitStack() as clients:
             with FaultProxy(
-                server.endpoint, once(Fault(kind)), on_change=lambda request: hanging.wait(30)
+                server.endpoint, once(Fault(kind)), on_change=lambda request: hanging.wait(240)
             ) as proxy:
                 client = clients.enter_context(Client(proxy.endpoint))
                 client.send("GET", "/model.bin")
@@ -202,7 +209,7 @@ def test_it_stops_soon_whatever_hangs(server: NginxHTTP, kind: str) -> None:
                 idle = clients.enter_context(Client(proxy.endpoint))
                 idle.socket.sendall(b"GET / HT")
                 began = time.monotonic()
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < SOON
     finally:
         hanging.set()
 
