@@ -36,7 +36,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "that did not come to be"
@@ -82,7 +82,7 @@ def test_times_without_end_are_refused(source: Path, seconds: float) -> None:
 def test_an_interval_may_be_longer_than_a_system_can_wait(source: Path) -> None:
     watcher = ModelWatcher(source, lambda model: None, interval=1e12)
     with watcher:
-        watcher.wait(10)
+        watcher.wait(60)
         time.sleep(0.05)
         assert watcher._thread is not None
         assert watcher._thread.is_alive()
@@ -91,7 +91,7 @@ def test_an_interval_may_be_longer_than_a_system_can_wait(source: Path) -> None:
 def test_a_watcher_that_was_stopped_may_be_asked(source: Path) -> None:
     watcher = ModelWatcher(source, lambda model: None, interval=60)
     with watcher:
-        watcher.wait(10)
+        watcher.wait(60)
     (source / "a").write_text("2, and more")
     model = watcher.check()
     assert model is not None
@@ -104,16 +104,16 @@ def test_a_child_that_was_forked_during_a_look_may_look_itself(source: Path) -> 
 
     def slow() -> str | None:
         inside.set()
-        go_on.wait(20)
+        go_on.wait(120)
         return look()
 
     watcher._source.look = slow  # type: ignore[method-assign]
     with watcher:
-        assert inside.wait(10)
+        assert inside.wait(60)
         watcher._source.look = look  # type: ignore[method-assign]
         pid = os.fork()
         if not pid:  # pragma: no cover -- in the child
-            signal.alarm(20)
+            signal.alarm(60)
             try:
                 found = watcher.check()
                 os._exit(0 if found is not None and os.path.isdir(found.path) else 3)

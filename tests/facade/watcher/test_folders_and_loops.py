@@ -17,6 +17,7 @@ from storage import (
     ModelWatcher,
     StorageClient,
     WatchedModel,
+    awaitable,
 )
 from storage.client.versions import VersionFolders
 from storage.testing.fault_link import Link
@@ -73,7 +74,7 @@ os.kill(os.getpid(), signal.SIGKILL)
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert done.returncode == -9, done.stderr
@@ -170,8 +171,8 @@ def test_stopping_does_not_wait_for_a_coroutine_that_waits_for_the_loop(
         while not begun:
             await asyncio.sleep(0.01)
         began = time.monotonic()
-        watcher.stop()  # on the very loop that the coroutine needs
-        assert time.monotonic() - began < 5
+        watcher.stop(60)  # on the very loop that the coroutine needs
+        assert time.monotonic() - began < 30
         await asyncio.sleep(0.01)
 
     asyncio.run(main())
@@ -207,13 +208,17 @@ def test_changes_are_iterated_over_until_the_watcher_is_stopped(
         began = time.monotonic()
         seen = [model async for model in stopping.changes()]
         assert len(seen) == 1
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
         await task
 
     asyncio.run(main())
 
 
-def test_iterating_goes_on_after_failures_and_ends_with_its_task(s3: S3Store) -> None:
+def test_iterating_goes_on_after_failures_and_ends_with_its_task(
+    s3: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What does not end by itself is waited for until all of it has come.
+    monkeypatch.setattr(awaitable, "PATIENCE", 60)
     told = Told()
 
     async def main(client: StorageClient, proxy: FaultProxy) -> None:
@@ -234,11 +239,11 @@ def test_iterating_goes_on_after_failures_and_ends_with_its_task(s3: S3Store) ->
         await asyncio.to_thread(s3.put_raw, "later/a", bytes(32 * MIB))
         while proxy.bytes_down < before + MIB:
             await asyncio.sleep(0.01)
-        began = time.monotonic()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert time.monotonic() - began < 6  # all would take 8
+        # What was on its way has come, and nothing after it.
+        assert proxy.bytes_down < before + 24 * MIB
 
     with (
         FaultProxy(s3.server.endpoint, link=Link(shared_rate=4 * MIB), store="s3") as proxy,
@@ -260,16 +265,16 @@ def change(model):
     with open(f"{out}/{name}-{len(os.listdir(out))}", "w") as file:
         file.write(model.path)
 watcher = ModelWatcher(uri, change, interval=0.05).start()
-watcher.wait(30)
+watcher.wait(60)
 child = os.fork()
 if child == 0:
-    signal.alarm(60)
+    signal.alarm(120)
     name = "child"
     try:
         watcher.stop()  # it is the parent's
         assert watcher.check() is None  # what the parent was told counts here, too
         mine = ModelWatcher(uri, change, interval=0.05).start()
-        mine.wait(30)
+        mine.wait(60)
         mine.stop()
     except BaseException as exc:
         print(f"{type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
@@ -285,7 +290,7 @@ sys.exit(status)
         env=program_environment(s3),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
