@@ -243,19 +243,26 @@ def slow(make_store: Callable[[str], Store]) -> Iterator[tuple[S3Store, StorageC
 
 
 def test_the_event_loop_is_never_blocked(
-    slow: tuple[S3Store, StorageClient], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    slow: tuple[S3Store, StorageClient], tmp_path: Path
 ) -> None:
     store, client = slow
-    late: list[float] = []
+    ticks = 0
+    over = threading.Event()
+    between: list[int] = []
+
+    def tick() -> None:
+        # Another thread tells the time: on a busy machine it is as late as the loop is.
+        nonlocal ticks
+        while not over.wait(0.01):
+            ticks += 1
 
     async def heart() -> None:
         while True:
-            before = time.monotonic()
+            before = ticks
             await asyncio.sleep(0.01)
-            late.append(time.monotonic() - before - 0.01)
+            between.append(ticks - before)
 
     async def main() -> None:
-        asyncio.get_running_loop().slow_callback_duration = 0.25
         beating = asyncio.create_task(heart())
         path = await client.adownload(store.uri("model/"), tmp_path / "model")
         await client.aupload(path, store.uri("again"))
@@ -264,13 +271,16 @@ def test_the_event_loop_is_never_blocked(
         await client.adownload(store.uri("again/"))
         beating.cancel()
 
-    # The debug mode of asyncio tells of every callback that takes long.
-    asyncio.run(main(), debug=True)
-    assert len(late) > 50
-    # The machine may be busy; work on the loop would take a second and more at once.
-    assert sorted(late)[-2] < 0.5
-    slow_ones = [record for record in caplog.records if "took" in record.getMessage()]
-    assert len(slow_ones) <= 1, slow_ones
+    clock = threading.Thread(target=tick)
+    clock.start()
+    try:
+        asyncio.run(main())
+    finally:
+        over.set()
+        clock.join()
+    assert len(between) > 50
+    # Work on the loop would take a second and more at once, each time.
+    assert sorted(between)[-2] < 50
 
 
 def test_several_event_loops_use_one_client_at_once(

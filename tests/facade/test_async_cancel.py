@@ -349,7 +349,7 @@ def test_a_file_that_nobody_waits_for_any_more_is_closed(monkeypatch: pytest.Mon
     def late(*args: Any, **kwargs: Any) -> Any:
         file = plain(*args, **kwargs)
         opened.append(file)
-        go_on.wait(10)
+        go_on.wait(60)
         return file
 
     monkeypatch.setattr(client, "open", late)
@@ -366,10 +366,13 @@ def test_a_file_that_nobody_waits_for_any_more_is_closed(monkeypatch: pytest.Mon
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0.05)
 
     asyncio.run(main())
-    assert opened[0].closed
+    # By its thread, a moment after the task has ended.
+    deadline = time.monotonic() + 60
+    while not opened[0].closed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     with pytest.raises(ModelMissingError):
         StorageOperations.list_objects("memory://cancel/new")
 
