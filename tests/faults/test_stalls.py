@@ -19,8 +19,12 @@ from tests.transfer.support import MIB, assert_clear, everything_in
 
 STALL = 1.0
 ATTEMPTS = 2
-# For all that is not waiting: looks, plans, the waits between two tries, a busy machine.
-MARGIN = 8.0
+# Of a transfer that is to succeed: the machine may stand still for a moment too, and each time
+# that is a stall as well.
+MANY = 8
+# For all that is not waiting: looks, plans, the waits between two tries, a busy machine. With it,
+# each bound is less than the 30 seconds of who was not told what a stall is.
+MARGIN = 20.0
 SMALL, LARGE = 100_000, 9 * MIB
 
 
@@ -50,17 +54,20 @@ class Stalling:
 
 
 @pytest.fixture
-def client() -> Iterator[StorageClient]:
+def client(request: pytest.FixtureRequest) -> Iterator[StorageClient]:
     limits = {
         "stall_timeout": STALL,
-        "connect_timeout": 5,
-        "attempts": ATTEMPTS,
+        "connect_timeout": 20,
+        "attempts": getattr(request, "param", ATTEMPTS),
         "retry_wait": 0.05,
         "connections": 2,
         "part_size": "4MiB",
     }
     with StorageClient(settings=load_settings(transfer=limits)) as found:
         yield found
+
+
+stubborn = pytest.mark.parametrize("client", [MANY], indirect=True, ids=[""])
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +82,7 @@ def bound(site: Site, stalls: int) -> float:
     return MARGIN + stalls * STALL * site.patience
 
 
+@stubborn
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["stall", "stall_answer"])
 @pytest.mark.parametrize("name", SITES)
@@ -99,7 +107,8 @@ def test_a_stalled_read_is_noticed_and_repeated(
     assert (tmp_path / "m.bin").read_bytes() == data
     assert STALL <= took < bound(site, 1)
     told = [getattr(record, "storage_event", "") for record in caplog.records]
-    assert told.count("attempt.stalled") == 1, told
+    # Once for each stall, which lasts for so long.
+    assert 1 <= told.count("attempt.stalled") <= took / STALL, told
 
 
 @pytest.mark.timeout(120)
@@ -127,6 +136,7 @@ def test_a_store_that_always_stalls_is_given_up(
 WRITTEN = [name for name in SITES if name != "gcs-obstore"]
 
 
+@stubborn
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_stalled_write_is_noticed_and_repeated(
