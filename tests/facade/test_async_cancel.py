@@ -28,6 +28,7 @@ from storage.config import load_settings
 from storage.errors import TransientError
 from storage.testing.fault_link import Link
 from storage.testing.fault_proxy import FaultProxy
+from storage.transfer import progress
 from storage.transfer.engine import Budget, run_tasks
 from storage.transfer.retry import RetryPolicy
 from tests.facade.stores import BucketStore, S3Store, Store
@@ -179,15 +180,17 @@ def test_a_cancelled_upload_leaves_no_object_and_no_parts(
 
 
 def test_what_a_cancelled_upload_left_is_known_by_its_bytes_and_goes(
-    s3: S3Store, tmp_path: Path
+    s3: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The store may have begun an upload, and told nobody its name."""
+    # Each part is told, however quick the store is.
+    monkeypatch.setattr(progress, "_INTERVAL", 0.0)
     with (tmp_path / "weights").open("wb") as file:
         file.truncate(SIZE)
     raw, token = s3.server.raw, CancellationToken()
     key = f"{s3._prefix}weights"
 
-    def lose_an_upload(progress: object) -> None:
+    def lose_an_upload(_: object) -> None:
         for name, upload in s3.server.pending_uploads(s3.bucket):
             named = {"Bucket": s3.bucket, "Key": key}
             parts = raw.list_parts(**named, UploadId=upload).get("Parts") if name == key else None
