@@ -143,23 +143,23 @@ def test_stream_that_stalls_goes_on_elsewhere(
 ) -> None:
     file = StaticFile(DATA)
     done = threading.Event()
-    first = iter([True])
 
     def handler(request: Request) -> Reply:
         reply = file(request)
-        if request.method == "GET" and next(first, False):
+        # All that begin: one may be given up before a byte of it has come.
+        if request.method == "GET" and request.span is None:
             reply.cut, reply.stall = 300_000, done
         return reply
 
     server = odd_http(handler)
     try:
-        with fast_client(HTTPConfig(read_timeout=0.3), part_size=1024 * 1024) as client:
+        config = HTTPConfig(read_timeout=0.3)
+        with fast_client(config, part_size=1024 * 1024, attempts=20) as client:
             assert fetched(client, f"{server.url}/m.bin", tmp_path) == DATA
     finally:
         done.set()
-    start = server.asked("GET")[1].span
-    assert start is not None
-    assert 0 < start[0] <= 300_000
+    starts = [one.span[0] for one in server.asked("GET") if one.span is not None]
+    assert 0 < starts[0] <= 300_000
 
 
 @pytest.mark.parametrize(

