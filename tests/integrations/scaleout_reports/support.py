@@ -47,6 +47,7 @@ __all__ = [
     "Spool",
     "Wrapping",
     "acknowledged",
+    "are_not_stormed",
     "away",
     "delivered",
     "empty",
@@ -55,12 +56,13 @@ __all__ = [
     "observation",
     "once",
     "sender_to",
+    "start_idle",
     "store_at",
     "until",
 ]
 
-WAIT = 20.0
-"""Seconds for what takes a moment on a machine that is not busy."""
+WAIT = 60.0
+"""Seconds for what takes a moment on a machine that is not busy; disks can be slow, too."""
 
 CLIENT = "edge/1"
 """The client of these tests; its id has a character that no name of a folder can have."""
@@ -104,6 +106,15 @@ def sender_to(
     return Sender(spool, store_at(uri, config, client), **options)
 
 
+def start_idle(sender: Sender) -> None:
+    """Start a sender that finds nothing, and return when it waits for a first report.
+
+    What is there before its first look, it sends without waiting for more.
+    """
+    sender.start()
+    until(lambda: sender._wanted == 1)
+
+
 def empty(sender: Sender) -> None:
     """Deliver everything, in this thread."""
     while sender._step():
@@ -138,6 +149,16 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come true"
         time.sleep(0.01)
+
+
+def are_not_stormed(tries: int, wait_initial: float, since: float) -> bool:
+    """Tell whether so many failed tries are as far apart as they have to be.
+
+    Each wait is twice the one before, of which chance takes half at most. A machine that stands
+    still for a while has more time for tries, so that a mere number would say nothing.
+    """
+    took = time.monotonic() - since
+    return wait_initial / 2 * (2.0 ** (tries - 1) - 1) <= took
 
 
 class Gate:
@@ -231,7 +252,7 @@ class Nursery:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(2 * WAIT)
         self._process.stdout.close()
 
     def start(self, order: Order) -> int:

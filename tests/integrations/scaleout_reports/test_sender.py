@@ -38,6 +38,7 @@ from tests.integrations.scaleout_reports.support import (
     Nursery,
     Order,
     Wrapping,
+    are_not_stormed,
     away,
     delivered,
     empty,
@@ -45,6 +46,7 @@ from tests.integrations.scaleout_reports.support import (
     impatient,
     once,
     sender_to,
+    start_idle,
     store_at,
     until,
 )
@@ -109,7 +111,7 @@ def test_a_report_is_sent_without_a_call(spool: Spool, store: Path) -> None:
 
 def test_reports_wait_for_others_but_not_for_a_flush(spool: Spool, store: Path) -> None:
     sender = sender_to(spool, store, linger=600.0, most=10)
-    sender.start()
+    start_idle(sender)
     fill(spool, *range(5))
     time.sleep(0.2)
     assert sender.counts().delivered == 0
@@ -155,18 +157,26 @@ def test_lost_answers_deliver_nothing_twice_and_lose_nothing(
         faulty[:] = faulty or [FaultyBackend(backend, seed, faults, 0.5)]
         return faulty[0]
 
+    def was_lost() -> bool:
+        return any(fault == "lost_answer" for _, _, fault in faulty[0].happened)
+
     client = Wrapping(wrap, settings=impatient())
-    for turn in range(4):
+    turns, is_last = 0, False
+    while not is_last:
+        # The faults go by the names of the batches, which are others each time: three turns are
+        # enough nearly always.
+        is_last = turns > 2 and (was_lost() or turns > 30)
         spool = Spool(tmp_path / "spool", CLIENT, segment_bytes=2000)
         sender = sender_to(spool, store, client=client, most=4, wait_max=0.02)
         sender.start()
-        fill(spool, *range(turn * 15, turn * 15 + 15))
+        fill(spool, *range(turns * 15, turns * 15 + 15))
+        turns += 1
         # The last one has all the time that it takes; the others are stopped midway.
-        done = sender.close(WAIT if turn == 3 else 0.05)
+        done = sender.close(WAIT if is_last else 0.05)
         spool.close()
-        assert done or turn < 3
-    assert delivered(store) == once(*range(60))
-    assert any(fault == "lost_answer" for _, _, fault in faulty[0].happened)
+        assert done or not is_last
+    assert delivered(store) == once(*range(turns * 15))
+    assert was_lost()
 
 
 def test_answers_that_a_real_store_gave_and_the_network_lost(spool: Spool, s3: S3Store) -> None:
@@ -198,6 +208,7 @@ def test_a_store_that_is_away_gets_everything_when_it_is_back(tmp_path: Path) ->
         assert sender.counts().reachable
         server.halt()
         fill(spool, *range(10, 50))
+        until(lambda: sender.counts().reachable is False)
         assert not sender.close(1.0)
         counts = sender.counts()
         assert counts.pending == 40
@@ -257,15 +268,16 @@ def _fields(there: S3Store) -> dict[str, Any]:
 def test_a_store_that_is_away_is_not_stormed(spool: Spool, store: Path, gate: Gate) -> None:
     gate.error = away
     sender = sender_to(spool, store, client=gate.client(), wait_initial=0.1, wait_max=10.0)
+    began = time.monotonic()
     sender.start()
-    end = time.monotonic() + 1.0
     number = 0
-    while time.monotonic() < end:
+    while time.monotonic() < began + 1.0:
         # New reports are no reason to hurry.
         fill(spool, number)
         number += 1
         time.sleep(0.005)
-    assert 2 <= len(gate.writes) <= 6
+    until(lambda: len(gate.writes) >= 2)
+    assert are_not_stormed(len(gate.writes), 0.1, began)
     assert len(set(gate.writes)) == 1
     gate.error = lambda key: None
     before = time.monotonic()
@@ -289,12 +301,13 @@ def test_who_is_in_a_hurry_waits_for_no_others_but_storms_no_store(
         until(lambda: sender.counts().delivered == spool.last)
     gate.error = away
     gate.writes.clear()
-    end = time.monotonic() + 0.5
-    while time.monotonic() < end:
+    began = time.monotonic()
+    while time.monotonic() < began + 0.5:
         fill(spool, 0)
         sender.hurry()
         time.sleep(0.005)
-    assert 1 <= len(gate.writes) <= 3
+    until(lambda: gate.writes)
+    assert are_not_stormed(len(gate.writes), 0.2, began)
     assert not sender.close(0.1)
 
 
@@ -325,11 +338,12 @@ def test_alerts_wait_for_no_others_but_storm_no_store(
     until(lambda: sender.counts().delivered == 1)
     gate.error = away
     gate.writes.clear()
-    end = time.monotonic() + 0.5
-    while time.monotonic() < end:
+    began = time.monotonic()
+    while time.monotonic() < began + 0.5:
         assert client.send_telemetry("alert", {"value": 1}, priority="alert")
         time.sleep(0.005)
-    assert 1 <= len(gate.writes) <= 3
+    until(lambda: gate.writes)
+    assert are_not_stormed(len(gate.writes), 0.2, began)
     assert not sender.close(0.1)
 
 
@@ -401,7 +415,7 @@ def test_a_program_that_closes_nothing_ends_and_loses_nothing(tmp_path: Path, st
     subprocess.run(
         [sys.executable, "-c", _LEAVE, str(tmp_path / "spool"), str(store)],
         check=True,
-        timeout=60,
+        timeout=2 * WAIT,
         cwd=Path(storage.__file__).parents[1],
     )
     assert time.monotonic() - began < WAIT
