@@ -178,7 +178,7 @@ class Gate:
         if method != "GET" or path.partition("?")[0].endswith(NAMES[0]):
             return None
         if not self._late:
-            assert self._opened.wait(60)
+            assert self._opened.wait(120)
             # Whoever asked may not be there any more, and would be counted nevertheless.
             return 503
         return None
@@ -186,7 +186,7 @@ class Gate:
     def wait_for_listings(self, count: int) -> None:
         """Wait until so many have asked what there is."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self.listings >= count, 60)
+            assert self._changed.wait_for(lambda: self.listings >= count, 120)
 
     def let_newcomers_pass(self) -> None:
         """Let everybody pass who asks from now on."""
@@ -208,7 +208,7 @@ def gate(bucket: S3Source) -> Iterator[Gate]:
 def wait_for_part(make_client: MakeClient, model: Model) -> None:
     """Wait until the cache knows one file of a model."""
     client = make_client()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
         with pytest.raises(OfflineError) as caught:
             client.download(model.uri, config=model.config, offline=True)
@@ -219,12 +219,12 @@ def wait_for_part(make_client: MakeClient, model: Model) -> None:
 
 
 def begin(
-    bucket: S3Source, gate: Gate, nursery: Nursery, make_client: MakeClient, job: Job
+    gate: Gate, nursery: Nursery, make_client: MakeClient, job: Job, waiting: Job
 ) -> tuple[Child, list[Child]]:
     """Let one child fetch and the others wait for it; return both."""
     holder = nursery.start(job)
     wait_for_part(make_client, job.models[0])
-    others = [nursery.start(job) for _ in range(COUNT - 1)]
+    others = [nursery.start(waiting) for _ in range(COUNT - 1)]
     gate.wait_for_listings(COUNT)
     return holder, others
 
@@ -234,7 +234,7 @@ def test_when_the_one_who_fetches_is_killed_another_one_goes_on_from_there(
 ) -> None:
     files = put_model(bucket, 4 * 9 * MIB)
     job = Job(str(cache), [Model(bucket.uri("model"), [files], bucket.fields)], steps=1)
-    holder, others = begin(bucket, gate, nursery, make_client, job)
+    holder, others = begin(gate, nursery, make_client, job, job)
     holder.kill()
     assert holder.wait().signal == signal.SIGKILL
     bucket.forget()
@@ -252,13 +252,10 @@ def test_nobody_waits_for_one_who_is_stopped_and_he_goes_on_in_the_end(
     bucket: S3Source, gate: Gate, nursery: Nursery, cache: Path, make_client: MakeClient
 ) -> None:
     files = put_model(bucket, 4 * MIB)
-    job = Job(
-        str(cache),
-        [Model(bucket.uri("model"), [files], bucket.fields)],
-        steps=1,
-        environment={"STORAGE_TRANSFER__STALL_TIMEOUT": "1"},
-    )
-    holder, others = begin(bucket, gate, nursery, make_client, job)
+    job = Job(str(cache), [Model(bucket.uri("model"), [files], bucket.fields)], steps=1)
+    # They are soon tired of waiting, for the gate too, and never of trying again.
+    impatience = {"STORAGE_TRANSFER__STALL_TIMEOUT": "1", "STORAGE_TRANSFER__ATTEMPTS": "1000"}
+    holder, others = begin(gate, nursery, make_client, job, replace(job, environment=impatience))
     os.kill(holder.pid, signal.SIGSTOP)
     try:
         gate.open()

@@ -38,7 +38,7 @@ from tests.transfer.support import memory_bucket
 
 __all__ = ["TIMEOUT", "Job", "Model", "fingerprint"]
 
-TIMEOUT = 60
+TIMEOUT = 240
 """Seconds after which a child that hangs is ended."""
 
 _KILL_POINT = "STORAGE_KILL_POINT"
