@@ -255,10 +255,13 @@ class Spool:
         self._last = self.settled = mark.number
         if mark.batch is not None and (fixed := batches.parse_name(mark.batch)):
             self._last = max(self._last, fixed.last)
+        # By number alone: of two with the same one, the names say nothing of which came first.
+        oldest, _ = journal.parse_name(mark.segment) or (0, "")
         for name in names:
             path = self.path("segments", name)
+            first, _ = journal.parse_name(name) or (0, "")
             # Whoever was to remove it was killed; or to write the first record of it.
-            if (name < mark.segment and not mark.doubtful) or not os.stat(path).st_size:
+            if (first < oldest and not mark.doubtful) or not os.stat(path).st_size:
                 os.unlink(path)
             else:
                 self.segments.append(name)
@@ -298,12 +301,18 @@ class Spool:
             number = number + 1 if line.number is None else max(number, line.number)
         self._last = max(self._last, number)
         header = journal.read_header(path)
-        if header is None or header.boot is None:
+        if header is None:
             return
-        if header != replace(self._header(), stream=header.stream):
-            return
-        self._stream = header.stream
-        self._active = SegmentWriter(path)
+        ours = replace(self._header(), stream=header.stream)
+        if header.boot is not None and header == ours:
+            self._stream = header.stream
+            self._active = SegmentWriter(path)
+        elif number < first:
+            # Its only record was cut off. The next segment begins with the same number, and by
+            # their names either could be the newest.
+            self.segments.pop()
+            os.unlink(path)
+            self._go_on()
 
     # -- for those who deliver ----------------------------------------------------------------
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from storage import files
 from storage.errors import TransferError
 from storage.integrations.scaleout import journal
 from storage.integrations.scaleout.outgoing import Outgoing
+from storage.integrations.scaleout.reports import Reports
 from storage.integrations.scaleout.spool import Spool
 from tests.integrations.scaleout_reports.support import (
     CLIENT,
@@ -173,6 +176,41 @@ def test_a_damaged_mark_delivers_nothing_twice(
     spool.close()
     spool = open_spool(folder)
     assert not Outgoing(spool).is_doubtful
+
+
+@pytest.mark.parametrize("is_looked_at", [False, True])
+@pytest.mark.parametrize("streams", ["07", "70"])
+def test_what_comes_after_a_first_record_that_a_power_cut_took_is_kept_and_in_order(
+    streams: str, is_looked_at: bool, folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two segments begin with the same number; chance says which of their names is first."""
+    names, boots = iter(f"{streams}123"), iter(range(4))
+    monkeypatch.setattr(secrets, "token_hex", lambda _: next(names) * 16)
+
+    def boot() -> Spool:
+        here = f"boot {next(boots)}"
+        monkeypatch.setattr(files, "boot_id", lambda: here)
+        return open_spool(folder)
+
+    spool = boot()
+    fill(spool, 0)
+    spool.close()
+    (path,) = segments(folder)
+    header, record = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(header + record[:20])
+    spool = boot()
+    if is_looked_at:
+        deliver(spool, store)
+    fill(spool, 1, 2, 3)
+    spool.close()
+    spool = boot()
+    assert (spool.last, spool.pending) == (3, 3)
+    fill(spool, 4)
+    deliver(spool, store)
+    assert delivered(store) == once(1, 2, 3, 4)
+    found = [record.report.payload["value"] for record in Reports(store).records()]
+    assert found == [1, 2, 3, 4]
+    spool.close()
 
 
 def test_a_batch_is_the_same_whoever_sends_it(folder: Path) -> None:
