@@ -297,7 +297,7 @@ class WebSite(Site):
     def litter(self) -> list[str]:
         # The server removes what it got of a broken upload when it sees that the client is gone.
         temporary = self._server.data.parent / "temp"
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while True:
             found = [str(path) for path in temporary.rglob("*") if path.is_file()]
             if not found or time.monotonic() > deadline:
