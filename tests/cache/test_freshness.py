@@ -80,7 +80,8 @@ def test_what_grew_too_old_is_asked_for(
 ) -> None:
     uri = source.put_file("model.bin", b"one")
     client.download(uri)
-    now = time.time()
+    (ref,) = client.cache.upper.refs.all()
+    now = ref.validated_at
     for later, asked in ((50, 0), (70, 1), (100, 0), (-1000, 1)):
         source.forget()
         monkeypatch.setattr(time, "time", lambda later=later: now + later)
