@@ -43,7 +43,7 @@ MIB = 1024 * 1024
 SMALL = b"weights" * 1000
 LARGE = bytes(range(256)) * (4096 * 12)  # 12 MiB
 # Small enough for parts of 5 MiB by s3fs; those of obstore have 8.
-OPTIONS = OpenOptions(connections=4, stall_timeout=5.0, memory=40 * MIB)
+OPTIONS = OpenOptions(connections=4, stall_timeout=60.0, memory=40 * MIB)
 
 
 @pytest.fixture(params=["obstore", "fsspec"])
