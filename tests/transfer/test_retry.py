@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,15 @@ class Step:
 
 def broken(count: int) -> list[Exception]:
     return [TransientError(f"reset {number}") for number in range(count)]
+
+
+class Clock:
+    """Stands still until it is told."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def test_what_works_is_done_once() -> None:
@@ -160,8 +170,14 @@ def test_a_store_that_asks_to_wait_longer_than_allowed_is_given_up() -> None:
 
 
 @pytest.mark.timeout(30)
-def test_the_time_limit_ends_the_repeating() -> None:
-    calls = 0
+def test_the_time_limit_ends_the_repeating(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = Clock(), 0
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr("storage.transfer.retry.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr("storage.cancellation.time", SimpleNamespace(sleep=sleep))
 
     def step() -> None:
         nonlocal calls
@@ -170,7 +186,9 @@ def test_the_time_limit_ends_the_repeating() -> None:
 
     with pytest.raises(TransferError):
         RetryPolicy(10**9, timeout=0.2, wait_initial=0.001, wait_max=0.01).run(step)
-    assert calls > 1
+    # Each wait is of 0.01 s at most, and the tries themselves take no time.
+    assert calls > 0.2 / 0.011
+    assert 0.2 - 0.011 < clock.now - Clock.now <= 0.2
 
 
 # -- a store that is asked too often -------------------------------------------------------
@@ -180,7 +198,8 @@ def test_the_time_limit_ends_the_repeating() -> None:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds of every wait; none of them passes."""
     found: list[float] = []
-    monkeypatch.setattr("storage.transfer.retry.time.sleep", found.append)
+    # Not those of threads that other tests have left.
+    monkeypatch.setattr("storage.cancellation.time", SimpleNamespace(sleep=found.append))
     return found
 
 
@@ -227,7 +246,8 @@ def test_what_is_asked_for_may_be_more_than_is_left_of_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([0.0, 6.0])
-    monkeypatch.setattr("storage.transfer.retry.time.monotonic", lambda: next(clock))
+    fake = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("storage.transfer.retry.time", fake)
     with pytest.raises(TransferError, match=r"the store asks to wait 5 s, .* 10 s allowed"):
         RetryPolicy(timeout=10.0).run(Step(TransientError("slow down", retry_after=5.0)))
 
@@ -240,15 +260,6 @@ def test_many_that_were_refused_together_do_not_come_back_together(waits: list[f
 
 
 # -- the budget ----------------------------------------------------------------------------
-
-
-class Clock:
-    """Stands still until it is told."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_store_that_is_down_is_asked_no_more_often_than_the_budget_says() -> None:
