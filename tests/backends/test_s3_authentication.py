@@ -97,6 +97,8 @@ class _Metadata(BaseHTTPRequestHandler):
 @pytest.fixture
 def metadata(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataService]:
     monkeypatch.delenv("AWS_EC2_METADATA_DISABLED", raising=False)
+    # botocore gives the service one second, once, in which this machine may stand still.
+    monkeypatch.setenv("AWS_METADATA_SERVICE_TIMEOUT", "60")
     with MetadataService(seaweedfs) as service:
         thread = threading.Thread(target=service.serve_forever)
         thread.start()
