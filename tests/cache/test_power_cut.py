@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ Journal = list[tuple[str, ...]]
 def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
     """What this process syncs, renames and makes."""
     events: Journal = []
+    lock = threading.Lock()
 
     def note(name: str, kind: str) -> None:
         real: Callable[..., Any] = getattr(os, name)
@@ -43,8 +45,10 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
                 os.readlink(f"/proc/self/fd/{arg}") if isinstance(arg, int) else os.fspath(arg)
                 for arg in (args[:2] if kind == "rename" else args[:1])
             ]
-            real(*args, **options)
-            events.append((kind, *paths))
+            # As one step, or the note of one thread comes after what another one did later.
+            with lock:
+                real(*args, **options)
+                events.append((kind, *paths))
 
         monkeypatch.setattr(os, name, call)
 
