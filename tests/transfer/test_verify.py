@@ -43,7 +43,11 @@ def rewrite(descriptor: int, data: bytes) -> None:
 # -- OrderedHasher -------------------------------------------------------------------------
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=200,
+    deadline=None,
+)
 @given(data=st.data(), size=st.integers(1, 40 * KIB), part_size=st.integers(1, 9 * KIB))
 def test_parts_in_any_order_give_the_hash_of_the_whole(
     descriptor: int, data: st.DataObject, size: int, part_size: int
