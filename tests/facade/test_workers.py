@@ -77,7 +77,7 @@ for index in range(count):
     if child == 0:
         try:
             os.close(write)
-            signal.alarm(100)
+            signal.alarm(240)
             os.read(read, 1)  # all at once: when the parent lets go of the other end
             work(index, uri, dest, options, out)
         finally:
@@ -94,7 +94,7 @@ SPAWNED = (
     + """
 import multiprocessing
 def run(index, barrier, *arguments):
-    barrier.wait(100)
+    barrier.wait(240)
     work(index, *arguments)
 
 if __name__ == "__main__":
@@ -153,7 +153,7 @@ class Server:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=280,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -307,17 +307,21 @@ def test_a_worker_that_is_killed_midway_hangs_nobody_and_what_it_fetched_is_not_
         target = out / "model" if dest else None
         first = server.one(s3.uri("model/"), target, tmp_path / "first")
         deadline = time.monotonic() + 60
-        while proxy.bytes_down < 20 * MIB:
+        # By then it has noted two MiB of each of its ten parts.
+        while proxy.bytes_down < 30 * MIB:
             assert time.monotonic() < deadline
             assert first.poll() is None
             time.sleep(0.02)
+        # It gets no further while the others start, however long that takes.
+        first.send_signal(signal.SIGSTOP)
         others = [
             server.one(s3.uri("model/"), target, tmp_path / f"other-{index}") for index in range(3)
         ]
+        assert first.poll() is None
         first.send_signal(signal.SIGKILL)
         first.wait()
         for other in others:
-            assert other.wait(90) == 0
+            assert other.wait(200) == 0
         told = [
             json.loads((tmp_path / f"other-{index}" / "0.json").read_text()) for index in range(3)
         ]
@@ -340,7 +344,7 @@ def test_forking_while_another_thread_downloads_harms_neither(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -374,7 +378,7 @@ for index in range(6):
     child = os.fork()
     if child == 0:
         try:
-            signal.alarm(100)
+            signal.alarm(240)
             work(index, uri, f"{out}/child-{index % 2}", {}, out)
         finally:
             os._exit(0)
