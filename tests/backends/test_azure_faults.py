@@ -89,13 +89,15 @@ def driver(request: pytest.FixtureRequest) -> Literal["obstore", "fsspec"]:
 def opened(driver: Literal["obstore", "fsspec"]) -> Iterator[Callable[..., Backend]]:
     backends: list[Backend] = []
 
-    def opener(endpoint: str, container: str = "c", **fields: Any) -> Backend:
+    def opener(
+        endpoint: str, container: str = "c", patience: float = 60.0, **fields: Any
+    ) -> Backend:
         config = AzureConfig(
             **{"account_name": "acct", "account_key": KEY, **fields},
             endpoint_url=endpoint,
             driver=driver,
         )
-        options = OpenOptions(stall_timeout=2, connect_timeout=5)
+        options = OpenOptions(stall_timeout=patience, connect_timeout=60)
         backends.append(open_backend(parse_uri(f"azure://{container}/"), config, options))
         return backends[-1]
 
@@ -104,7 +106,9 @@ def opened(driver: Literal["obstore", "fsspec"]) -> Iterator[Callable[..., Backe
         backend.close()
 
 
-Azure = Callable[[Handler], tuple[Backend, OddHTTP]]
+Azure = Callable[..., tuple[Backend, OddHTTP]]
+# Of a client whose store stalls on purpose; elsewhere it is the machine that does.
+HASTE = 2.0
 
 
 @pytest.fixture
@@ -112,9 +116,9 @@ def azure(opened: Callable[..., Backend]) -> Iterator[Azure]:
     """Return a backend of an Azure that answers as it is told, and that Azure."""
     with ExitStack() as stack:
 
-        def make(handler: Handler) -> tuple[Backend, OddHTTP]:
+        def make(handler: Handler, **options: Any) -> tuple[Backend, OddHTTP]:
             server = stack.enter_context(OddHTTP(handler))
-            return opened(f"{server.url}/acct"), server
+            return opened(f"{server.url}/acct", **options), server
 
         yield make
 
@@ -253,7 +257,7 @@ def test_body_that_stalls_is_given_up(azure: Azure) -> None:
     go_on = threading.Event()
     stalled = blob(b"x" * 100_000)
     stalled.cut, stalled.stall = 50_000, go_on
-    backend, server = azure(lambda request: stalled)
+    backend, server = azure(lambda request: stalled, patience=HASTE)
     try:
         with pytest.raises(TransientError):
             read(backend)
@@ -269,7 +273,7 @@ def test_answer_that_does_not_come_is_given_up(azure: Azure) -> None:
         go_on.wait(60)
         return Reply(500)
 
-    backend, _ = azure(handler)
+    backend, _ = azure(handler, patience=HASTE)
     try:
         for call in (lambda: backend.stat("a"), lambda: backend.write("a", bytes_payload(b"1"))):
             with pytest.raises(TransientError):
@@ -410,7 +414,7 @@ def test_copy_that_cannot_be_watched_is_ended(azure: Azure) -> None:
 
 
 def test_copy_that_never_goes_on_is_ended(azure: Azure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.backends.azure.fsspec._COPY_PATIENCE", 0.05)
+    monkeypatch.setattr("storage.backends.azure.fsspec._COPY_PATIENCE", 0.001)
     slow = SlowCopy("pending")
     backend, server = azure(slow)
     with pytest.raises(TransientError, match="not gone on"):
