@@ -52,7 +52,8 @@ def opened() -> Iterator[Open]:
 
     def make(endpoint: str, driver: Any, container: str = "cont", **fields: Any) -> Backend:
         config = config_of(endpoint, driver, **fields)
-        options = OpenOptions(memory=MEMORY, stall_timeout=5)
+        # Nothing stalls here but the machine.
+        options = OpenOptions(memory=MEMORY, stall_timeout=60)
         backends.append(open_backend(parse_uri(f"azure://{container}/"), config, options))
         return backends[-1]
 

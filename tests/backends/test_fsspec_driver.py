@@ -56,7 +56,7 @@ SERVERS: dict[str, type[FolderServer]] = {
 
 def backend_of(url: str, **options: Any) -> Backend:
     config = FsspecConfig(options) if options else None
-    return open_backend(parse_uri(url), config, OpenOptions(connect_timeout=5, stall_timeout=10))
+    return open_backend(parse_uri(url), config, OpenOptions(connect_timeout=60, stall_timeout=60))
 
 
 def read(backend: Backend, key: str, *arguments: Any) -> bytes:

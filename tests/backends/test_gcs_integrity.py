@@ -48,7 +48,8 @@ def opened() -> Iterator[Open]:
 
     def make(endpoint: str, driver: Any, bucket: str = "bucket", **fields: Any) -> Backend:
         config = config_of(endpoint, driver, **fields)
-        options = OpenOptions(memory=9 * MIB, stall_timeout=5)
+        # Nothing stalls here but the machine.
+        options = OpenOptions(memory=9 * MIB, stall_timeout=60)
         backends.append(open_backend(parse_uri(f"gs://{bucket}/"), config, options))
         return backends[-1]
 
