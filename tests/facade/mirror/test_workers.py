@@ -9,7 +9,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +24,7 @@ from storage import (
     S3Config,
     StorageClient,
     StorageOperations,
+    cancellation,
 )
 from storage.client.mirror import batch as batches
 from storage.config import reveal
@@ -249,7 +249,10 @@ def test_a_cancelled_mirror_gives_out_no_more_work(make_store: Callable[[str], S
 
             def cancel(progress: Progress) -> None:
                 loop.call_soon_threadsafe(task.cancel)
-                time.sleep(0.05)
+                # However late the loop is: the work goes on when it was told.
+                token = cancellation.current()
+                assert token is not None
+                assert token.wait(60)
 
             loop = asyncio.get_running_loop()
             task = asyncio.ensure_future(
