@@ -208,18 +208,21 @@ def test_killed_at_any_moment_leaves_nothing_or_everything(place: Place) -> None
     place.reset()
     whole = place.succeed()
     rng = random.Random(place.case.name)
-    killed = 0
+    chosen = killed = 0
     for number in range(ROUNDS):
         place.reset()
         if number % 3:
             # Evenly over all steps, so that none is left out.
             tick = 1 + (number * len(whole.ticks) + rng.randrange(len(whole.ticks))) // ROUNDS
             outcome, where = place.download(tick=tick), f"at tick {tick}"
+            chosen += 1
+            killed += outcome.signal == signal.SIGKILL
+            # The number of steps varies a little: who lives on had less of them.
+            assert outcome.signal is not None or len(outcome.ticks) < tick, where
         else:
             delay = rng.uniform(0, whole.seconds)
             outcome, where = place.download(delay=delay), f"after {delay} s"
         assert outcome.error is None, (where, outcome)
-        killed += outcome.signal == signal.SIGKILL
         place.check_after_kill(where)
         if number % 2:
             # Killed again: while it removes or repairs what the first one left.
@@ -228,8 +231,9 @@ def test_killed_at_any_moment_leaves_nothing_or_everything(place: Place) -> None
             assert again.error is None, (where, tick, again)
             place.check_after_kill(f"{where}, then at tick {tick}")
         place.succeed()
-    # The last steps may come before the chosen moment; most rounds must be what they claim.
-    assert killed > ROUNDS * 0.6
+    # The last step may come before the chosen one; most must be what they claim. After a chosen
+    # time all may be over, for how long it takes is the machine's affair.
+    assert killed > chosen * 0.5
 
 
 NAMED_POINTS = [
