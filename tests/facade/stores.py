@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -15,6 +15,7 @@ from uuid import uuid4
 from storage import AzureConfig, GCSConfig, HFConfig, PVCConfig, S3Config
 from storage.backends.base import bytes_payload
 from storage.backends.memory import MemoryBackend
+from storage.transfer.lines import decode_line
 from tests.servers import Keys, S3Server
 from tests.servers.hub import Hub
 from tests.servers.hub.state import Change
@@ -33,6 +34,7 @@ __all__ = [
     "S3Store",
     "Store",
     "needs",
+    "noted_bytes",
     "s3_config",
     "sha256_of_files",
     "slow_on",
@@ -492,6 +494,17 @@ def tree_bytes(folder: str | os.PathLike[str]) -> dict[str, bytes]:
         for root, _, names in os.walk(folder)
         for name in names
     }
+
+
+def noted_bytes(*folders: str | os.PathLike[str]) -> int:
+    """Return how many bytes downloads below ``folders`` have, as their journals say now."""
+    lines: list[bytes] = []
+    for root in (root for folder in folders for root, _, _ in os.walk(folder)):
+        with suppress(FileNotFoundError):
+            lines += Path(root, "journal").read_bytes().splitlines(keepends=True)
+    records = [record for line in lines if (record := decode_line(line)) is not None]
+    spans = [record["range"] for record in records if "range" in record]
+    return sum(int(end) - int(start) for start, end in spans)
 
 
 def sha256_of_files(folder: str | os.PathLike[str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import SeededScript
 from tests.backends.oci_support import TITLE, Entry, Pusher
 from tests.cli.conftest import Command, command, read_tree
+from tests.facade.stores import noted_bytes
 from tests.servers.registry import Gate, Registry
 
 __all__ = ["command"]
@@ -240,22 +241,27 @@ def _kill_and_go_on(registry: Registry, push: Pusher, tmp_path: Path) -> None:
     code = "import sys; from storage import Storage; Storage.download(sys.argv[1], sys.argv[2])"
     out = tmp_path / "out"
     # As slow as it takes for a kill to come in between.
-    with FaultProxy(registry.endpoint, link=Link(rate=8 * MIB)) as proxy:
+    with FaultProxy(registry.endpoint, link=Link(shared_rate=8 * MIB)) as proxy:
         uri = push.uri(":v1", proxy.endpoint.partition("://")[2])
         child = subprocess.Popen(
             [sys.executable, "-c", code, uri, str(out)],
             env={**os.environ, "STORAGE_TRANSFER__PART_SIZE": "1MiB"},
         )
         deadline = time.monotonic() + 60
-        while proxy.bytes_down < 14 * MIB and time.monotonic() < deadline:
+        while noted_bytes(tmp_path) < 12 * MIB:
+            assert time.monotonic() < deadline
+            assert child.poll() is None
             time.sleep(0.02)
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert not out.exists()
+        kept = noted_bytes(tmp_path)
         before = proxy.bytes_down
         with StorageClient(settings=load_settings(transfer={"part_size": "1MiB"})) as client:
             client.download(uri, str(out))
-        assert proxy.bytes_down - before < 20 * MIB
+        # What was on its way, and not yet in the journal, comes again; the proxy may have counted
+        # a block more of each connection since.
+        assert proxy.bytes_down - before < len(data) - kept + 5 * MIB
     assert read_tree(out) == {"m": data}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -23,8 +22,7 @@ from storage.config import reveal
 from storage.digest import hash_file
 from storage.testing.fault_link import Link
 from storage.testing.fault_proxy import FaultProxy
-from storage.transfer.lines import decode_line
-from tests.facade.stores import S3Store, Store
+from tests.facade.stores import S3Store, Store, noted_bytes
 from tests.servers.proxy import CountingProxy
 
 WORKERS = 16
@@ -212,17 +210,6 @@ def assert_all_saw(told: list[dict[str, str]], digest: str) -> set[str]:
     return {each["path"] for each in told}
 
 
-def noted(folders: list[Path]) -> int:
-    """Return how many bytes the journals of downloads say that they have."""
-    lines: list[bytes] = []
-    for root in (root for folder in folders for root, _, _ in os.walk(folder)):
-        with contextlib.suppress(FileNotFoundError):
-            lines += Path(root, "journal").read_bytes().splitlines(keepends=True)
-    records = [record for line in lines if (record := decode_line(line)) is not None]
-    spans = [record["range"] for record in records if "range" in record]
-    return sum(int(end) - int(start) for start, end in spans)
-
-
 def leftovers(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if name.endswith(".partial")]
 
@@ -321,13 +308,13 @@ def test_a_worker_that_is_killed_midway_hangs_nobody_and_what_it_fetched_is_not_
         first = server.one(s3.uri("model/"), target, tmp_path / "first")
         deadline = time.monotonic() + 60
         places = [out, Path(os.environ["STORAGE_CACHE_DIR"])]
-        while noted(places) < 16 * MIB:
+        while noted_bytes(*places) < 16 * MIB:
             assert time.monotonic() < deadline
             assert first.poll() is None
             time.sleep(0.02)
         # It gets no further while the others start, however long that takes.
         first.send_signal(signal.SIGSTOP)
-        kept = noted(places)
+        kept = noted_bytes(*places)
         others = [
             server.one(s3.uri("model/"), target, tmp_path / f"other-{index}") for index in range(3)
         ]
@@ -342,8 +329,9 @@ def test_a_worker_that_is_killed_midway_hangs_nobody_and_what_it_fetched_is_not_
         ]
         assert not (tmp_path / "first" / "0.json").exists()
         assert len(assert_all_saw(told, digest)) == 1
-        # What was on its way, and not yet in the journal, comes again.
-        assert proxy.bytes_down - came < len(data) - kept + 2 * MIB
+        # What was on its way, and not yet in the journal, comes again; the proxy may have counted
+        # a block more of each connection since.
+        assert proxy.bytes_down - came < len(data) - kept + 5 * MIB
     assert leftovers(out) == []
 
 
