@@ -198,7 +198,7 @@ class Server(ABC):
         while time.monotonic() < deadline:
             status = self._process.poll()
             if status is not None:
-                taken = "address already in use" in self.log_tail(1000)
+                taken = "address already in use" in self.log_tail(1000).lower()
                 kind = _PortTakenError if taken else ServerError
                 raise kind(f"{self.name} ended with status {status} at start:\n{self.log_tail()}")
             if self.is_healthy():

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from tests.servers import (
     find_program,
     free_ports,
 )
+from tests.servers.process import START_TIMEOUT
 
 ODD_KEY = "a b/%41+[1]#é.bin"
 
@@ -199,7 +200,7 @@ def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(root), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=START_TIMEOUT + 60,
         check=False,
     )
     orphan = RcloneS3()
@@ -215,6 +216,22 @@ def test_a_server_that_ends_at_start_shows_its_log(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"(?s)status 3 at start.*my last words"):
         Broken(tmp_path).start()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("says", ["address already in use", "(98: Address already in use)"])
+def test_a_server_whose_port_was_taken_is_started_on_another(says: str, tmp_path: Path) -> None:
+    class Late(Moto):
+        starts = 0
+
+        def command(self) -> Sequence[str]:
+            self.starts += 1
+            if self.starts == 1:
+                return [sys.executable, "-c", f"raise SystemExit({says!r})"]
+            return super().command()
+
+    with Late(tmp_path) as server:
+        assert server.starts == 2
+        assert server.is_healthy()
 
 
 def test_a_missing_program_is_an_error() -> None:

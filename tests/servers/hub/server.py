@@ -83,7 +83,8 @@ class Hub:
     def reset(self) -> None:
         """Forget everything: repositories, files, requests, and what was set."""
         for path in self._folder.iterdir():
-            path.unlink()
+            # A client that was killed may have left an upload, which goes just now.
+            path.unlink(missing_ok=True)
         self._set_defaults()
         self._name_origins()
         self._begin()

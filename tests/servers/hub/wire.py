@@ -80,12 +80,18 @@ class Request:
             yield piece
 
     def _chunks(self) -> Iterator[bytes]:
-        while size := int(self.stream.readline().split(b";")[0], 16):
+        while size := self._size_of_chunk():
             self.received += size
             yield self.stream.read(size)
             self.stream.readline()
         while self.stream.readline().strip():
             pass
+
+    def _size_of_chunk(self) -> int:
+        line = self.stream.readline()
+        if not line:
+            raise ConnectionError("the body of a request ended early")
+        return int(line.split(b";")[0], 16)
 
     def data(self) -> bytes:
         return b"".join(self.body())
