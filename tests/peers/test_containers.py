@@ -281,6 +281,7 @@ def test_the_peers_own_helper_works_in_our_container(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # of which a machine that does nothing else needs 30
 @pytest.mark.parametrize("direction", ["theirs is read here", "ours is read there"])
 def test_5_gib_of_zeros_pass_between_the_two(
     newest_scaleout: Peer, inputs: Inputs, tmp_path: Path, direction: str

@@ -369,6 +369,7 @@ def test_the_command_verifies_ours_and_signs_for_us(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # of which a machine that does nothing else needs 30
 def test_5_gib_of_zeros_are_signed_and_verified_both_ways(
     model_signing: Peer, keys: KeyPair, issued: Certificates, tmp_path: Path
 ) -> None:
