@@ -58,7 +58,10 @@ def test_a_client_works_without_its_store_and_delivers_when_it_is_back(
     assert board.wait(after, 60).response == {"result": 5.0}
     until(lambda: own in {task.id for task, _ in board.results()}, "its own task is told")
     until(lambda: client("ask", client_id="edge-1", attribute="pending") == 0, "all is delivered")
-    assert client("ask", client_id="edge-1", attribute="link_quality") == "HEALTHY"
+    until(
+        lambda: client("ask", client_id="edge-1", attribute="link_quality") == "HEALTHY",
+        "the link is good, and quick again",
+    )
     assert client("stop", client_id="edge-1") is None
     assert _metrics(fleet) == [(step, {"loss": 1.0 / (step + 1)}) for step in range(3)] + [
         (100 + step, {"loss": float(step)}) for step in range(20)

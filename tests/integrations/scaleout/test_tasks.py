@@ -126,7 +126,8 @@ def test_a_task_begun_on_another_machine_is_left_to_it_until_it_is_silent(fleet:
     entry = TaskEntry(task.id, task.client)
     store = fleet.board._store
     _begin_elsewhere(store, entry, 1)
-    fleet.start("edge-1", fleet.process(), silence=3.0)
+    # Longer than a machine stands still while the other one is played.
+    fleet.start("edge-1", fleet.process(), silence=10.0)
     others = 0
     while others < 8:
         _live_elsewhere(store, entry)
