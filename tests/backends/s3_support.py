@@ -47,6 +47,10 @@ MOTO_EXCEPTIONS: dict[str, str] = {
     "test_writes_of_one_key_in_many_threads_leave_one_of_them": Sometimes(
         "moto's threads race: now and then it answers 500 when several requests write one key"
     ),
+    **dict.fromkeys(
+        ("test_of_many_creators_one_wins", "test_no_update_is_lost_among_many_writers"),
+        Sometimes("moto looks first and writes then; its other threads may come in between"),
+    ),
 }
 """The same for moto."""
 
