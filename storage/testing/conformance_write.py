@@ -422,8 +422,8 @@ class Conditions(Scenario):
 
         def append(token: bytes) -> None:
             for _ in range(500):
-                info = backend.stat("a")
                 try:
+                    info = backend.stat("a")
                     old = read_all(backend, "a", pin=info)
                     if token in old.split():  # a failure that was reported took effect
                         return
