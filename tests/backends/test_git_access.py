@@ -224,7 +224,8 @@ def test_a_pack_that_is_always_damaged_is_never_published(
         client.download(model.uri("m"), tmp_path / "m")
 
     assert not (tmp_path / "m").exists()
-    assert nameless_files() == before
+    # One of an earlier test may have been closed meanwhile.
+    assert nameless_files() <= before
 
 
 def test_a_server_that_is_busy_is_asked_again(
