@@ -271,10 +271,11 @@ def test_payload_is_opened_once_or_twice(repo: Repo, hub: Hub, open_hub: OpenHub
 
 def test_first_failure_ends_the_other_uploads(hub: Hub, repo: Repo, open_hub: OpenHub) -> None:
     hub.before = lambda request: Answer(500) if request.method == "PUT" else None
-    files = {f"{number}.bin": b"%d" % number * 1000 for number in range(40)}
+    files = {f"{number}.bin": b"%d" % number * 1000 for number in range(200)}
     with pytest.raises(TransientError):
         open_hub().write_many(items(files))
-    assert len(hub.asked("PUT", "")) < 20
+    # On a busy machine it takes a while until whoever ends them has its turn.
+    assert len(hub.asked("PUT", "")) < 100
     assert not repo.head().files
 
 
@@ -285,10 +286,11 @@ def test_interrupt_ends_the_other_uploads(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("storage.backends.hf.upload.wait", interrupted)
-    files = {f"{number}.bin": b"%d" % number * 1000 for number in range(40)}
+    files = {f"{number}.bin": b"%d" % number * 1000 for number in range(200)}
     with pytest.raises(KeyboardInterrupt):
         open_hub().write_many(items(files))
-    assert len(hub.asked("PUT", "")) < 20
+    # On a busy machine it takes a while until whoever ends them has its turn.
+    assert len(hub.asked("PUT", "")) < 100
     assert not repo.head().files
 
 
