@@ -96,7 +96,9 @@ class Connection:
             self._up.close()
             self._down.close()
             self._drop_server()
-            self._writer.transport.abort()
+            # asyncio's transport, if it ended with bytes left to send, does not know that it has.
+            with contextlib.suppress(AttributeError):
+                self._writer.transport.abort()
 
     async def _shake_hands(self) -> None:
         ways = 2 if self._writer.get_extra_info("ssl_object") is None else 4

@@ -10,13 +10,16 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import trustme
 
+from storage.testing.fault_link import Link
 from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import KINDS, Fault, Request, Script, SeededScript
-from tests.faults.proxy_support import DATA, Client, see
+from tests.faults.proxy_support import DATA, PATIENCE, Client, see
 from tests.faults.scripts import once
 from tests.servers.nginx_http import NginxHTTP
 from tests.servers.odd_http import OddHTTP, Reply
@@ -113,6 +116,36 @@ def test_an_answer_that_comes_before_the_body_reaches_the_client(server: NginxHT
     # nginx refuses the method at once and reads on.
     with FaultProxy(server.odd) as proxy, Client(proxy.endpoint) as client:
         assert client.ask("PUT", "/read-only/model.bin", body=DATA * 20).status == 403
+
+
+def test_who_reads_late_gets_the_end_of_an_answer_too(odd_http: Callable[..., OddHTTP]) -> None:
+    """For one of these sizes the end is neither sent nor too much to wait when it all ends."""
+    with ThreadPoolExecutor(4) as pool:
+        sizes = range(128 * 1024, 1024 * 1024, 32 * 1024)
+        origin = odd_http(lambda request: Reply(body=bytes(int(request.path[1:]))))
+        for size, arrived in zip(sizes, pool.map(partial(_late, origin.url), sizes), strict=True):
+            assert arrived == size - 1
+
+
+def _late(target: str, size: int) -> int:
+    """Return how many bytes of a body come to who reads them when nothing more can be sent."""
+    # The link keeps what lies in the machine's buffers small.
+    link = Link(rate=1e9)
+    with (
+        FaultProxy(target, once(Fault("truncate", 1.0)), link=link) as proxy,
+        socket.socket() as raw,
+    ):
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.settimeout(PATIENCE)
+        raw.connect(("127.0.0.1", int(proxy.endpoint.rpartition(":")[2])))
+        raw.sendall(f"GET /{size} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        end = time.monotonic() + 0.5
+        while proxy.bytes_down < size - 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        data = b""
+        while block := raw.recv(1 << 20):
+            data += block
+    return len(data.partition(b"\r\n\r\n")[2])
 
 
 def test_a_server_that_is_not_there_is_a_502() -> None:
