@@ -465,7 +465,7 @@ def test_forked_child_makes_its_own_connections(
     assert read(backend, "a") == b"12345"
     child = os.fork()
     if child == 0:
-        signal.alarm(30)
+        signal.alarm(120)
         try:
             os._exit(0 if read(backend, "a") == b"12345" and len(list(backend.list())) == 1 else 1)
         except BaseException:  # noqa: BLE001 -- told to the parent by the status

@@ -182,7 +182,7 @@ def test_forked_child_reads_what_its_parent_has_read(
     assert read(backend, "a") == b"12345"
     child = os.fork()
     if child == 0:
-        signal.alarm(20)
+        signal.alarm(120)
         status = 1
         try:
             status = 0 if read(backend, "a") == b"12345" else 2
