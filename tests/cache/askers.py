@@ -26,7 +26,7 @@ from storage.uri import parse_uri
 
 __all__ = ["Answer", "Order", "ask_at_once", "hashes"]
 
-_TIMEOUT = 240
+_TIMEOUT = 900
 
 
 @dataclass(frozen=True)

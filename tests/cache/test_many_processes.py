@@ -100,6 +100,7 @@ def test_the_server_sees_each_body_once_when_ten_ask_at_once(
 
 
 @slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("how", "dests"), [("forked", 0), ("spawned", 3), ("threads", 0)])
 def test_the_server_sees_each_body_once_when_ten_ask_for_a_gibibyte(
     bucket: S3Source, cache: Path, tmp_path: Path, make_client: MakeClient, how: str, dests: int
