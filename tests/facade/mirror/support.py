@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from storage import (
     MirrorResult,
     StorageOperations,
 )
+from storage.client.mirror.batch import Batch, ItemOutcome, run_batch
 from tests.facade.stores import Store
 
 MIB = 1024 * 1024
@@ -54,6 +60,35 @@ def counts(result: MirrorResult) -> tuple[int, int, int, int]:
 def processes(method: str, number: int = 2) -> Callable[[], ProcessPoolExecutor]:
     context = multiprocessing.get_context(method)
     return partial(ProcessPoolExecutor, number, mp_context=context)
+
+
+def die_midway(folder: str, after: int, batch: Batch) -> tuple[ItemOutcome, ...]:
+    """Do a batch; the first process that comes when ``after`` are done dies over it.
+
+    Args:
+        folder: where all processes note what they did, and the dead one its own end.
+        after: how many batches are done before.
+        batch: of which the dead one does a part.
+    """
+    done = len(os.listdir(folder))
+    if done >= after:
+        with suppress(FileExistsError), open(f"{folder}/died", "x") as note:
+            run_batch(replace(batch, name=f"{batch.name}-part", items=batch.items[:2]))
+            note.write(f"{os.getpid()} {done}")
+            note.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    outcomes = run_batch(batch)
+    Path(folder, batch.name).touch()
+    return outcomes
+
+
+def run_when(path: str, batch: Batch) -> tuple[ItemOutcome, ...]:
+    """Do a batch when a file is there."""
+    deadline = time.monotonic() + 120
+    while not os.path.exists(path):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return run_batch(batch)
 
 
 class Counting(ThreadPoolExecutor):

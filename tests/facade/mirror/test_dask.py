@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from storage import AzureConfig, MirrorError, S3Config, StorageOperations
+from storage.client.mirror.batch import Batch
+from storage.transfer import progress
 from storage.transfer.progress import Progress
+from tests.facade.mirror.support import die_midway, run_when
 from tests.facade.stores import s3_config
 from tests.servers import SeaweedFS
 from tests.servers.azurite import Azurite
@@ -131,30 +135,17 @@ def test_two_workers_mirror_2000_objects(
     assert target.content() == origin.files
 
 
-@dataclass
-class Killer:
-    """Kills a worker when some objects have arrived, and notes how many had by then."""
+def doing(executor: Any, instead: Callable[[Batch], Any], after: int = 0) -> Any:
+    """Have an executor do something else with the batches that follow the first ``after``."""
+    submit, numbers = executor.submit, count()
+    executor.submit = lambda fn, batch: submit(fn if next(numbers) < after else instead, batch)
+    return executor
 
-    client: Any
-    target: Target
-    after: int
-    victim: int = 0
-    arrived: int = 0
-    told: list[Progress] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.client.wait_for_workers(2, timeout=60)
-        self.pids: dict[str, int] = self.client.run(os.getpid)
-
-    def __call__(self, progress: Progress) -> None:
-        self.told.append(progress)
-        if self.victim or progress.objects_done < self.after:
-            return
-        # It is doing something: with nothing to do it would not be missed.
-        busy = [name for name, keys in self.client.processing().items() if keys]
-        self.victim = self.pids[busy[0]]
-        os.kill(self.victim, signal.SIGKILL)
-        self.arrived = len(self.target.names())
+def death(folder: Path) -> tuple[int, int]:
+    """Return which process died, and how many batches were done by then."""
+    pid, done = (folder / "died").read_text().split()
+    return int(pid), int(done)
 
 
 def alive(pid: int) -> bool:
@@ -165,38 +156,47 @@ def alive(pid: int) -> bool:
 
 
 def test_a_worker_that_is_killed_midway_costs_nothing_but_time(
-    origin: Origin, target: Target, cluster: tuple[Any, Any]
+    origin: Origin, target: Target, cluster: tuple[Any, Any], tmp_path: Path
 ) -> None:
     _, client = cluster
-    killer = Killer(client, target, OBJECTS // 4)
+    client.wait_for_workers(2, timeout=120)
+    told: list[Progress] = []
     with client.get_executor() as executor:
-        # With few batches under way, not much can arrive between the look and the kill.
-        result = mirror(origin, target, executor=executor, in_flight=8, progress=killer)
-    assert not alive(killer.victim)
-    assert OBJECTS // 4 <= killer.arrived < OBJECTS * 3 // 4
+        doing(executor, partial(die_midway, str(tmp_path), OBJECTS // 100))
+        result = mirror(
+            origin, target, executor=executor, batch_size=25, in_flight=8, progress=told.append
+        )
+    victim, done = death(tmp_path)
+    assert not alive(victim)
+    assert OBJECTS // 100 <= done < OBJECTS // 50
     assert (result.copied + result.skipped, result.failed) == (OBJECTS, 0)
     total = sum(map(len, origin.files.values()))
-    last = killer.told[-1]
+    last = told[-1]
     assert (last.finished, last.objects_done, last.bytes_done) == (True, OBJECTS, total)
     assert target.content() == origin.files
 
 
 def test_what_dask_gives_up_after_a_death_is_given_out_again(
-    origin: Origin, target: Target, cluster: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    origin: Origin,
+    target: Target,
+    cluster: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Its scheduler gives a task up (``KilledWorker``) that was there at too many deaths."""
     made, client = cluster
     monkeypatch.setattr(made.scheduler, "allowed_failures", 0)
-    killer = Killer(client, target, 40)
+    client.wait_for_workers(2, timeout=120)
     with client.get_executor(pure=False) as executor:
+        doing(executor, partial(die_midway, str(tmp_path), 2))
         result = mirror(
             origin,
             target,
             src_uri=f"{origin.uri}/shard-3",
             executor=executor,
             batch_size=20,
-            progress=killer,
         )
+    assert death(tmp_path)[1] >= 2
     files = {
         path.removeprefix("shard-3/"): data
         for path, data in origin.files.items()
@@ -209,21 +209,31 @@ def test_what_dask_gives_up_after_a_death_is_given_out_again(
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_client_that_is_closed_midway_leaves_nobody_waiting(
-    origin: Origin, target: Target, cluster: tuple[Any, Any], again: bool
+    origin: Origin,
+    target: Target,
+    cluster: tuple[Any, Any],
+    again: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Dask never ends some of its futures then."""
     from distributed import Client
 
+    monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+    closed = tmp_path / "closed"
     made, _ = cluster
     clients: list[Any] = []
 
     def connect() -> Any:
         clients.append(Client(made, set_as_default=False))
-        return clients[-1].get_executor(pure=False)
+        # All but the first batches are still to be done when the client is closed.
+        executor = clients[-1].get_executor(pure=False)
+        return doing(executor, partial(run_when, str(closed)), after=4)
 
-    def close(progress: Progress) -> None:
-        if len(clients) == 1 and progress.objects_done >= 20:
+    def close(told: Progress) -> None:
+        if not closed.exists() and told.objects_done >= 20:
             clients[0].close()
+            closed.touch()
 
     options = {"src_uri": f"{origin.uri}/shard-4", "batch_size": 10, "progress": close}
     if again:
