@@ -449,8 +449,11 @@ def _client(root: str) -> StorageClient:
     return StorageClient(settings=load_settings(cache_dir=root, cache_grace=0))
 
 
-def _download_often(root: str, folder: str, seed: int, broken: bool, results: Any) -> None:
+def _download_often(
+    root: str, folder: str, seed: int, broken: bool, begin: Any, results: Any
+) -> None:
     problems = []
+    begin.wait(120)
     with pytest.MonkeyPatch.context() as patch:
         if broken:
             break_locks(patch, None)
@@ -479,9 +482,10 @@ def _download_often(root: str, folder: str, seed: int, broken: bool, results: An
     results.put(problems)
 
 
-def _remove_often(root: str, seed: int, broken: bool, stop: Any, results: Any) -> None:
+def _remove_often(root: str, seed: int, broken: bool, begin: Any, stop: Any, results: Any) -> None:
     problems = []
     evicted = 0
+    begin.wait(120)
     with pytest.MonkeyPatch.context() as patch:
         if broken:
             break_locks(patch, None)
@@ -508,13 +512,17 @@ def test_downloads_are_right_while_others_evict(tmp_path: Path, cache: Path, bro
         (folder / name / "pair").write_bytes(content("abc" if name in "abc" else "def"))
     spawn = multiprocessing.get_context("spawn")
     stop = spawn.Event()
+    # Else all downloads may be over before somebody evicts.
+    begin = spawn.Barrier(5)
     told, evictions = spawn.Queue(), spawn.Queue()
     writers = [
-        spawn.Process(target=_download_often, args=(str(cache), str(folder), seed, broken, told))
+        spawn.Process(
+            target=_download_often, args=(str(cache), str(folder), seed, broken, begin, told)
+        )
         for seed in range(3)
     ]
     removers = [
-        spawn.Process(target=_remove_often, args=(str(cache), seed, broken, stop, evictions))
+        spawn.Process(target=_remove_often, args=(str(cache), seed, broken, begin, stop, evictions))
         for seed in range(2)
     ]
     processes = [*writers, *removers]
