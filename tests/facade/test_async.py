@@ -385,7 +385,7 @@ async def main(name):
 asyncio.run(main("parent"))
 child = os.fork()
 if child == 0:
-    signal.alarm(60)
+    signal.alarm(120)
     try:
         asyncio.run(main("child"))
     except BaseException as exc:
@@ -414,7 +414,7 @@ def test_a_forked_child_has_threads_of_its_own(
         env=_environment() | {"STORAGE_CONFIG": config},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -168,7 +168,7 @@ def test_a_cancelled_upload_leaves_no_object_and_no_parts(
             with StorageClient(config, settings) as client:
                 work = client.aupload(tmp_path / "weights", store.uri("weights"))
                 await cancel_when(work, lambda: proxy.bytes_up > 8 * MIB)
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + 60
                 while (busy_threads() or parts()) and time.monotonic() < deadline:
                     await asyncio.sleep(0.1)
 
@@ -318,7 +318,7 @@ def test_a_store_that_says_nothing_is_not_waited_for_longer_than_a_moment(
                 assert time.monotonic() - began < 5  # the request takes 12
 
         asyncio.run(main())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while os.listdir(out) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert os.listdir(out) == []

@@ -282,10 +282,10 @@ def test_threads_of_one_process_take_turns_too(
 
 def test_those_who_waited_do_not_hold_each_other_up(tmp_path: Path) -> None:
     """Each of them may have gigabytes to compare with a digest."""
-    together = threading.Barrier(3, timeout=30)
+    together = threading.Barrier(3, timeout=120)
 
     def turn_at(destination: Destination) -> _Turn:
-        return _Turn(destination, "5" * 64, "1", durable=False, timeout=60)
+        return _Turn(destination, "5" * 64, "1", durable=False, timeout=240)
 
     def look() -> tuple[bool, list[str]]:
         with turn_at(Destination(str(tmp_path / "m"), tree=False)) as turn:
