@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -14,7 +15,9 @@ from urllib.request import Request, urlopen
 from tests.servers.process import (
     GRPC_OFFSET,
     HOST,
+    START_TIMEOUT,
     STOP_TIMEOUT,
+    ServerError,
     find_program,
     free_ports,
 )
@@ -169,6 +172,25 @@ class SeaweedFS(S3Server):
         assert self._process is None, f"{self.name} is running"
         self._launch(self._command)
         self._wait_until_ready()
+        self._wait_until_readable()
+
+    def _wait_until_readable(self) -> None:
+        """Wait until its parts have found each other: it answers before, with an error or late."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        deadline = time.monotonic() + START_TIMEOUT
+        buckets = [bucket["Name"] for bucket in self.raw.list_buckets()["Buckets"]]
+        # All of them: each may be in a part that comes later.
+        objects = [(bucket, key) for bucket in buckets for key in self.keys_raw(bucket)]
+        while objects:
+            try:
+                self.get_raw(*objects[-1])
+                objects.pop()
+            except (BotoCoreError, ClientError) as exc:
+                if time.monotonic() > deadline:
+                    text = f"{self.name} does not read {'/'.join(objects[-1])}: {exc}"
+                    raise ServerError(text) from exc
+                time.sleep(0.1)
 
     def stop(self) -> None:
         """Stop the server and remove the sockets that it leaves behind when killed."""
