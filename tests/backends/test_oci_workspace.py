@@ -75,6 +75,8 @@ def test_no_place_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -
         Workspace()
 
 
+# Newer Pythons warn where threads of earlier tests are left.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_takes_nothing_from_its_parent(temporary: Path) -> None:
     workspace = Workspace()
     pid = os.fork()
