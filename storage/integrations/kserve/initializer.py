@@ -171,13 +171,18 @@ def _warnings_as_lines() -> Iterator[None]:
         ours.removeHandler(lines)
 
 
-def _leave(status: int) -> None:
+def _leave(status: int, ending: threading.Lock) -> None:
     """End now. What is in a staging folder goes; what is being published, the next run ends."""
     from storage.integrations.kserve.placing import abandon
 
-    abandon()
-    _say("terminated")
-    os._exit(status)
+    if not ending.acquire(blocking=False):
+        return  # it ends by itself at this moment
+    try:
+        abandon()
+        _say("terminated")
+        os._exit(status)
+    finally:
+        ending.release()
 
 
 @contextlib.contextmanager
@@ -188,12 +193,14 @@ def _signals_raise() -> Iterator[None]:
     there is a handler.
     """
     timers: list[threading.Timer] = []
+    # Whoever takes it first ends the process, and says so.
+    ending = threading.Lock()
 
     def stop(signum: int, frame: FrameType | None) -> None:
         error = _EndedError(signum)
         if not timers:
             # Threads end between two buffers, which takes long where nothing comes any more.
-            timers.append(threading.Timer(_PATIENCE, _leave, (error.status,)))
+            timers.append(threading.Timer(_PATIENCE, _leave, (error.status, ending)))
             timers[0].daemon = True
             timers[0].start()
         raise error
@@ -210,3 +217,4 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
         for timer in timers:
             timer.cancel()
+            ending.acquire()

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -439,6 +440,47 @@ def test_a_store_that_says_nothing_does_not_hold_up_a_signal(
     assert child.returncode == 128 + number
     assert err == "storage-initializer: terminated\n"
     assert os.listdir(tmp_path) == []
+
+
+_NO_PATIENCE = """
+import sys, time
+from storage.integrations.kserve import initializer
+say = initializer._say
+initializer._say = lambda text: (say(text), time.sleep(0.5))
+initializer._PATIENCE = 0.0
+sys.exit(initializer.main(sys.argv[1:]))
+"""
+
+
+def test_an_end_that_comes_with_the_end_of_patience_is_said_once(tmp_path: Path) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def slow(request: Request) -> Reply:
+        if request.method == "GET":
+            asked.set()
+            return Reply(200, bytes(1000), cut=100, stall=over)
+        return Reply(200, bytes(1000), {"Content-Type": "application/octet-stream"})
+
+    with OddHTTP(slow) as server:
+        child = subprocess.Popen(
+            [sys.executable, "-c", _NO_PATIENCE, f"{server.url}/m.bin", str(tmp_path)],
+            env=child_environment({}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert asked.wait(60)
+            child.terminate()
+            # The transfer ends, too.
+            over.set()
+            _, err = child.communicate(timeout=60)
+        finally:
+            over.set()
+            child.kill()
+            child.wait()
+
+    assert child.returncode == 128 + signal.SIGTERM
+    assert err == "storage-initializer: terminated\n"
 
 
 def test_where_only_the_volume_can_be_written_temporary_files_are_there(
