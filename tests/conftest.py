@@ -9,6 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A machine that stands still makes no example wrong. Each run tries the same ones; a soak others.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=not os.environ.get("STORAGE_SOAK"),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("tests")
 
 pytest_plugins = ["tests.servers.fixtures"]
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import digest
@@ -48,7 +48,6 @@ def test_what_is_no_digest_is_refused(text: str) -> None:
         Digest.parse(text)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=5000))
 def test_hash_equals_that_of_hashlib(data: bytes) -> None:
     found = hash_file(io.BytesIO(data), ("sha256", "md5", "blake3"))

@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import InvalidInput
@@ -64,7 +64,6 @@ def test_keys_are_literal(scheme: str, key: str) -> None:
     assert parse_uri(f"{scheme}://bucket/models/").child(key).key == f"models/{key}"
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
 def test_any_key_survives(key: str) -> None:
     location = parse_uri(f"s3://bucket/k/{key}.bin")

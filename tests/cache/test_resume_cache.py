@@ -44,7 +44,7 @@ from tests.transfer.resume_support import (
     Download,
     Metered,
 )
-from tests.transfer.resuming import MIB, Resuming
+from tests.transfer.resuming import MIB, Resuming, ends_of
 from tests.transfer.support import KIB, memory_bucket, options, put_all
 from tests.transfer.test_store_checksums import Keeping
 
@@ -469,10 +469,7 @@ def test_two_processes_at_once_pay_once(
     killed = resuming().start(4 * MIB)
     assert killed.end() is None
     both = [resuming().start(gate=True) for _ in range(2)]
-    for process in both:
-        process.wait_until_ready()
-    ends = [process.end() for process in both]
-    assert all(end is not None and tree_bytes(end) == LARGE for end in ends)
+    assert all(end is not None and tree_bytes(end) == LARGE for end in ends_of(both))
     assert proxy.bytes_down <= sum(map(len, LARGE.values())) + 4 * MIB + 64 * KIB
     # One that was killed before its first note has left a folder that is nothing to go on with.
     assert journals(cache) == []

@@ -248,8 +248,6 @@ class CacheMachine(RuleBasedStateMachine):
 CacheMachine.TestCase.settings = settings(
     max_examples=60 * SOAK,
     stateful_step_count=30,
-    derandomize=SOAK == 1,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 TestCache = pytest.mark.slow(CacheMachine.TestCase)

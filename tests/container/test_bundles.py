@@ -490,7 +490,7 @@ def test_no_change_of_a_bundle_verifies_or_escapes_as_another_error(
         ("dsseEnvelope", "signatures"),
     ]
 
-    @settings(max_examples=ROUNDS, deadline=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=ROUNDS, suppress_health_check=[*HealthCheck])
     @given(
         st.sampled_from([by_key, by_certificate]),
         st.sampled_from(paths),

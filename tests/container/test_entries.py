@@ -399,7 +399,7 @@ def test_no_changed_byte_and_no_cut_gives_another_error(data: bytes) -> None:
         judged(data[position:])
 
 
-@settings(max_examples=1000 * SOAK, deadline=None)
+@settings(max_examples=1000 * SOAK)
 @given(
     data=st.sampled_from([SMALL, PACKED, zipped({"a": b"", "ü": TEXT[:300]}, force_zip64=True)]),
     changes=st.lists(
@@ -413,7 +413,7 @@ def test_no_changes_give_another_error(data: bytes, changes: list[tuple[int, int
     judged(bytes(changed))
 
 
-@settings(max_examples=300 * SOAK, deadline=None)
+@settings(max_examples=300 * SOAK)
 @given(st.binary(max_size=300), st.binary(max_size=30), st.binary(max_size=40))
 def test_no_bytes_give_another_error(data: bytes, fields: bytes, comment: bytes) -> None:
     judged(data)

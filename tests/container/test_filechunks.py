@@ -8,7 +8,7 @@ import sys
 from typing import Any, BinaryIO, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.container.filechunks import FileChunk, filechunk_data, to_filechunks
@@ -77,7 +77,6 @@ def test_what_is_no_message_is_refused(wire: bytes) -> None:
         FileChunk.FromString(wire)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_message_or_refused(wire: bytes) -> None:
     try:

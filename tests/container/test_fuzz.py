@@ -165,7 +165,7 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 
 def inputs(count: int, strategy: st.SearchStrategy[bytes], use: Callable[[bytes], None]) -> None:
     """Call ``use`` with so many inputs, ten times as many in a soak test."""
-    settings(max_examples=count * SOAK, deadline=None, database=None)(given(strategy)(use))()
+    settings(max_examples=count * SOAK, database=None)(given(strategy)(use))()
 
 
 # -- containers ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.container.weights.helpers import (
@@ -351,7 +351,6 @@ def test_one_wrong_bit_is_noticed(write: Any) -> None:
         NumpyHelper().load(io.BytesIO(content))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_damaged_npz_files_give_typed_errors_only(data: st.DataObject) -> None:
     content = bytearray(

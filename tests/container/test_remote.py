@@ -84,7 +84,7 @@ def test_an_archive_is_read_by_its_end() -> None:
         assert lengths == [BLOCK, BLOCK, MIB]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     size=st.integers(0, 5 * BLOCK),
     reads=st.lists(

@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * SOAK)]
 
 
 def examples(count: int) -> settings:
-    return settings(max_examples=count * SOAK, deadline=None, database=None)
+    return settings(max_examples=count * SOAK, database=None)
 
 
 # -- what models hold ------------------------------------------------------------------------

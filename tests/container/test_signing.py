@@ -165,7 +165,7 @@ def test_no_error_holds_a_part_of_a_key_or_a_password(tmp_path: Path) -> None:
             assert not any(line[:12] in told for line in lines)
 
 
-@settings(max_examples=ROUNDS, deadline=None)
+@settings(max_examples=ROUNDS)
 @given(
     st.binary(max_size=300),
     st.sampled_from(

@@ -229,7 +229,7 @@ _STEPS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_STEPS, st.sampled_from([None, True, False]))
 def test_an_entry_is_written_as_any_file(
     steps: list[tuple[str, bytes | int]], compress: bool | None

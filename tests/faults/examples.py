@@ -231,8 +231,6 @@ def example(test: Callable[..., None]) -> Any:
     """Run a test with many seeds on all stores."""
     runner = settings(
         max_examples=15 * SOAK,
-        deadline=None,
-        derandomize=SOAK == 1,
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )(given(mix=MIXES)(test))

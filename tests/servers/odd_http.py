@@ -193,7 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
             while size := int(self.rfile.readline().split(b";")[0] or b"0", 16):
                 yield self.rfile.read(size)
                 self.rfile.readline()
-            self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass
         else:
             yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
 

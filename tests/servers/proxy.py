@@ -149,6 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         status = self.server.proxy.admit(self.command, self.path)
         if status is not None:
+            # Else the answer could be lost: a sender whose connection breaks reads no further.
+            for _ in self._body():
+                pass
             self._answer_alone(status)
             return
         upstream = http.client.HTTPConnection(*self.server.proxy.address, timeout=_TIMEOUT)
@@ -177,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send(self, upstream: http.client.HTTPConnection) -> None:
-        chunked = "chunked" in self.headers.get("Transfer-Encoding", "").lower()
+        chunked = self._is_chunked()
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
             if name.lower() not in _HOP_BY_HOP:
@@ -185,9 +188,8 @@ class _Handler(BaseHTTPRequestHandler):
         if chunked:
             upstream.putheader("Transfer-Encoding", "chunked")
         upstream.endheaders()
-        body = self._chunks() if chunked else self._counted(self.headers.get("Content-Length"))
         try:
-            for block in body:
+            for block in self._body():
                 self.server.proxy.count_bytes(received=len(block))
                 upstream.send(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
             if chunked:
@@ -196,8 +198,14 @@ class _Handler(BaseHTTPRequestHandler):
             # The server has answered without reading on; what is left of the body is unread.
             self.close_connection = True
 
-    def _counted(self, length: str | None) -> Iterator[bytes]:
-        left = int(length or 0)
+    def _is_chunked(self) -> bool:
+        return "chunked" in self.headers.get("Transfer-Encoding", "").lower()
+
+    def _body(self) -> Iterator[bytes]:
+        if self._is_chunked():
+            yield from self._chunks()
+            return
+        left = int(self.headers.get("Content-Length") or 0)
         while left and (block := self.rfile.read(min(left, _BLOCK))):
             left -= len(block)
             yield block

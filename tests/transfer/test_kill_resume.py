@@ -26,7 +26,7 @@ from tests.servers import Hub, NginxHTTP, OddHTTP, SeaweedFS, small_disk
 from tests.servers.nginx_http import put_file
 from tests.servers.odd_http import StaticFile
 from tests.transfer.nursery import Nursery, Order
-from tests.transfer.resuming import MIB, Resuming
+from tests.transfer.resuming import MIB, Resuming, ends_of
 from tests.transfer.support import KIB, everything_in, files_of
 
 SOAK = 10 if os.environ.get("STORAGE_SOAK") else 1
@@ -284,9 +284,7 @@ def test_two_processes_at_once_end_with_one_whole_tree(s3: Remote, dest: Path) -
             download.start(gate=True),
             download.start(6 * MIB if number % 2 else None, gate=True),
         ]
-        for process in both:
-            process.wait_until_ready()
-        ends = [process.end() for process in both]
+        ends = ends_of(both)
         assert ends[0] == str(dest)
         assert files_of(dest) == FILES
         # What the one that was killed left is of no use to anybody, but to the next download.

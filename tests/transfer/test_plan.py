@@ -6,7 +6,7 @@ import os
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.backends.base import ByteRange, ObjectInfo, bytes_payload
@@ -99,7 +99,6 @@ def test_names_that_only_share_a_beginning_do_not_collide() -> None:
     assert local_paths(keys, "memory://b/") == keys
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("ab./\0é", max_size=8), max_size=6))
 def test_paths_are_safe_or_refused(keys: list[str]) -> None:
     try:
@@ -117,7 +116,6 @@ def test_paths_are_safe_or_refused(keys: list[str]) -> None:
 # -- parts ---------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(0, 5000), st.integers(1, 700))
 def test_parts_cover_every_byte_once_in_order(size: int, part_size: int) -> None:
     parts = split(size, part_size)
@@ -132,7 +130,6 @@ def test_an_object_of_exactly_one_part_is_one_part() -> None:
     assert split(0, 100) == []
 
 
-@settings(deadline=None)
 @given(st.integers(1, 1 << 40), st.integers(1, 512), st.integers(1, 64))
 def test_connections_get_even_parts(total: int, granules: int, connections: int) -> None:
     most = granules * PART_GRANULE

@@ -83,7 +83,7 @@ MOVES = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     size=st.integers(0, 500),
     moves=st.lists(MOVES, max_size=20),
@@ -116,7 +116,7 @@ def test_reads_and_seeks_give_what_a_file_gives(
         assert backend.closed == len(backend.requests)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     bounds=st.tuples(st.integers(0, 300), st.integers(0, 300)).map(sorted),
     moves=st.lists(MOVES, max_size=20),

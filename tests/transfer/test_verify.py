@@ -46,7 +46,6 @@ def rewrite(descriptor: int, data: bytes) -> None:
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     max_examples=200,
-    deadline=None,
 )
 @given(data=st.data(), size=st.integers(1, 40 * KIB), part_size=st.integers(1, 9 * KIB))
 def test_parts_in_any_order_give_the_hash_of_the_whole(

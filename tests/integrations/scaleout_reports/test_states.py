@@ -105,7 +105,5 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(
     max_examples=60,
     stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=list(HealthCheck),
 )

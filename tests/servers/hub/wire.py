@@ -200,6 +200,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815
 
+    def finish(self) -> None:
+        try:
+            super().finish()
+        finally:
+            # That fails where the client has hung up, and leaves the socket to the collector.
+            self.rfile.close()
+
     def log_message(self, *_: object) -> None:
         pass
 
