@@ -162,6 +162,10 @@ class Line:
         """The number of its record; ``None`` if it is damaged."""
         return None if self.record is None else self.record["number"]
 
+    def highest(self, before: int) -> int:
+        """Return the highest number up to here, from that before it; a damaged record had one."""
+        return before + 1 if self.number is None else max(before, self.number)
+
 
 def lines(path: str, start: int, end: int) -> Iterator[Line]:
     """Yield the lines of a segment between two offsets, one in memory at a time.

@@ -133,7 +133,10 @@ class Outgoing:
             end, most = mark.end, mark.end
         skip = 0 if fixed is not None else self._skip.get(header.stream, 0)
         found: list[dict[str, Any]] = []
+        first, _ = journal.parse_name(name) or (1, "")
+        passed = max(mark.number, first - 1)
         for line in journal.lines(path, start, end):
+            passed = line.highest(passed)
             if line.record is None:
                 self._keep_damaged(name, line)
             elif line.record["number"] > skip:
@@ -143,7 +146,9 @@ class Outgoing:
                     end = line.end
                     break
         if not found and fixed is None:
-            self._pass(Batch("", b"", 0, mark.number, name, start, end), sync=False)
+            # Also of what is not sent, the numbers were given: the next time others go on.
+            last = min(passed, spool.last)
+            self._pass(Batch("", b"", 0, last, name, start, end), sync=False)
             return None
         if not found:
             said = batches.parse_name(fixed or "")

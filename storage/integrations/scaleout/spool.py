@@ -298,10 +298,12 @@ class Spool:
         first, _ = journal.parse_name(name) or (1, "")
         number = first - 1
         for line in journal.lines(path, 0, size):
-            number = number + 1 if line.number is None else max(number, line.number)
+            number = line.highest(number)
         self._last = max(self._last, number)
         header = journal.read_header(path)
         if header is None:
+            # Whatever it held: the next segment begins with another number.
+            self._last = max(self._last, first)
             return
         ours = replace(self._header(), stream=header.stream)
         if header.boot is not None and header == ours:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,8 +184,9 @@ def test_what_comes_after_a_first_record_that_a_power_cut_took_is_kept_and_in_or
     streams: str, is_looked_at: bool, folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two segments begin with the same number; chance says which of their names is first."""
-    names, boots = iter(f"{streams}123"), iter(range(4))
-    monkeypatch.setattr(secrets, "token_hex", lambda _: next(names) * 16)
+    names, boots = iter(f"{streams}1"), iter(range(4))
+    chance = SimpleNamespace(token_hex=lambda _: next(names) * 16)
+    monkeypatch.setattr("storage.integrations.scaleout.spool.secrets", chance)
 
     def boot() -> Spool:
         here = f"boot {next(boots)}"
@@ -211,6 +212,50 @@ def test_what_comes_after_a_first_record_that_a_power_cut_took_is_kept_and_in_or
     found = [record.report.payload["value"] for record in Reports(store).records()]
     assert found == [1, 2, 3, 4]
     spool.close()
+
+
+def test_what_is_passed_over_after_a_lost_mark_keeps_its_numbers(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = open_spool(folder)
+    fill(spool, *range(15))
+    deliver(spool, store)
+    spool.close()
+    (folder / "mark").unlink()
+    monkeypatch.setattr(files, "boot_id", lambda: "another boot")
+    spool = open_spool(folder)
+    deliver(spool, store)
+    spool.close()
+    spool = open_spool(folder)
+    assert spool.last == 15
+    fill(spool, 15)
+    spool.close()
+    spool = open_spool(folder)
+    assert spool.pending == 1
+    deliver(spool, store)
+    assert delivered(store) == once(*range(16))
+
+
+@pytest.mark.parametrize("streams", ["07", "70"])
+def test_what_comes_after_a_newest_segment_without_a_header_has_other_numbers(
+    streams: str, folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = iter(f"{streams}1")
+    chance = SimpleNamespace(token_hex=lambda _: next(names) * 16)
+    monkeypatch.setattr("storage.integrations.scaleout.spool.secrets", chance)
+    spool = open_spool(folder)
+    fill(spool, 0)
+    spool.close()
+    (path,) = segments(folder)
+    path.write_bytes(b"\0" * 100 + b"\n")
+    spool = open_spool(folder)
+    fill(spool, 1, 2, 3)
+    spool.close()
+    spool = open_spool(folder)
+    assert (spool.last, spool.pending) == (4, 4)
+    deliver(spool, store)
+    assert delivered(store) == once(1, 2, 3)
+    assert spool.damaged == 1
 
 
 def test_a_batch_is_the_same_whoever_sends_it(folder: Path) -> None:

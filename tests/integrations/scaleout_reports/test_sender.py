@@ -280,12 +280,20 @@ def test_a_store_that_is_away_is_not_stormed(spool: Spool, store: Path, gate: Ga
     assert are_not_stormed(len(gate.writes), 0.1, began)
     assert len(set(gate.writes)) == 1
     gate.error = lambda key: None
-    before = time.monotonic()
-    sender.wake()
-    until(lambda: not sender.counts().pending)
-    assert time.monotonic() - before < WAIT / 2
     sender.close(WAIT)
     assert delivered(store) == once(*range(number))
+
+
+def test_a_sender_that_is_woken_waits_no_longer(spool: Spool, store: Path, gate: Gate) -> None:
+    gate.error = away
+    sender = sender_to(spool, store, client=gate.client(), wait_initial=600.0, wait_max=600.0)
+    sender.start()
+    fill(spool, 0)
+    until(lambda: gate.writes)
+    gate.error = lambda key: None
+    sender.wake()
+    until(lambda: not sender.counts().pending)
+    assert delivered(store) == once(0)
 
 
 def test_who_is_in_a_hurry_waits_for_no_others_but_storms_no_store(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
+from storage import files
 from storage.errors import (
     AuthenticationError,
     StorageError,
@@ -38,6 +40,9 @@ class Machine(RuleBasedStateMachine):
         self.client = self.gate.client()
         self.taken: list[int] = []
         self.count = 0
+        self.boot = 0
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(files, "boot_id", lambda: f"boot {self.boot}")
         self.open()
 
     def open(self) -> None:
@@ -75,22 +80,30 @@ class Machine(RuleBasedStateMachine):
                 assert error is not None
         self.gate.error = lambda key: None
 
-    @rule(torn=st.booleans(), mark=st.sampled_from([None, None, None, 0, 1]))
-    def reopen(self, torn: bool, mark: int | None) -> None:
+    @rule(
+        torn=st.booleans(),
+        mark=st.sampled_from([None, None, None, 0, 1, "gone"]),
+        is_another_boot=st.booleans(),
+    )
+    def reopen(self, torn: bool, mark: int | str | None, is_another_boot: bool) -> None:
         self.spool.close()
+        self.boot += is_another_boot
         segments = sorted((self.folder / "spool" / "segments").iterdir())
         if torn and segments:
             with open(segments[-1], "ab") as file:
                 file.write(b"0badc0de {")
-        if mark is not None:
+        if mark == "gone":
+            (self.folder / "spool" / "mark").unlink()
+        elif mark is not None:
             with open(self.folder / "spool" / "mark", "r+b") as file:
-                file.seek(512 * mark)
+                file.seek(512 * int(mark))
                 file.write(b"x")
         self.open()
 
     def teardown(self) -> None:
         import shutil
 
+        self.patch.undo()
         self.gate.error = lambda key: None
         self.sender._aside_at = 0
         empty(self.sender)
