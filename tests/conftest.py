@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "tests",
     deadline=None,
-    derandomize=not os.environ.get("STORAGE_SOAK"),
+    derandomize=os.environ.get("STORAGE_SOAK") != "1",
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")

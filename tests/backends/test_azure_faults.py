@@ -270,7 +270,7 @@ def test_answer_that_does_not_come_is_given_up(azure: Azure) -> None:
     go_on = threading.Event()
 
     def handler(request: Request) -> Reply:
-        go_on.wait(60)
+        go_on.wait(600)
         return Reply(500)
 
     backend, _ = azure(handler, patience=HASTE)

@@ -97,7 +97,7 @@ class _Metadata(BaseHTTPRequestHandler):
 @pytest.fixture
 def metadata(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataService]:
     monkeypatch.delenv("AWS_EC2_METADATA_DISABLED", raising=False)
-    # botocore gives the service one second, once, in which this machine may stand still.
+    # botocore gives the service one second, once; a machine that stands still takes longer.
     monkeypatch.setenv("AWS_METADATA_SERVICE_TIMEOUT", "60")
     with MetadataService(seaweedfs) as service:
         thread = threading.Thread(target=service.serve_forever)

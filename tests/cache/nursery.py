@@ -96,7 +96,7 @@ class Child:
         return Outcome(self.job, killed, steps, points)
 
     def _read(self) -> None:
-        ready, _, _ = select.select([self._pipe], [], [], 2 * TIMEOUT)
+        ready, _, _ = select.select([self._pipe], [], [], TIMEOUT + 30)
         assert ready, "a child neither goes on nor ends"
         data = os.read(self._pipe, 1 << 16)
         self._ended = not data
@@ -155,7 +155,7 @@ class Nursery:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
-        ready, _, _ = select.select([self._process.stdout], [], [], 2 * TIMEOUT)
+        ready, _, _ = select.select([self._process.stdout], [], [], TIMEOUT + 30)
         assert ready, "the nursery does not answer"
         line = self._process.stdout.readline()
         assert line, "the nursery has died"

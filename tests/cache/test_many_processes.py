@@ -21,6 +21,7 @@ from tests.cache.conftest import MakeClient
 from tests.cache.nursery import Child, Job, Model, Nursery, fingerprint
 from tests.cache.processes import without_locks
 from tests.cache.support import S3Source, blob_files, make_source, wrong_blobs
+from tests.cache.worker import TIMEOUT
 
 MIB = 1024 * 1024
 COUNT = 10
@@ -179,7 +180,8 @@ class Gate:
         if method != "GET" or path.partition("?")[0].endswith(NAMES[0]):
             return None
         if not self._late:
-            assert self._opened.wait(120)
+            # Longer than any child lives: who waits here for ever is to be found out.
+            assert self._opened.wait(2 * TIMEOUT)
             # Whoever asked may not be there any more, and would be counted nevertheless.
             return 503
         return None
@@ -257,10 +259,13 @@ def test_nobody_waits_for_one_who_is_stopped_and_he_goes_on_in_the_end(
     # They are soon tired of waiting, for the gate too, and never of trying again.
     impatience = {"STORAGE_TRANSFER__STALL_TIMEOUT": "1", "STORAGE_TRANSFER__ATTEMPTS": "1000"}
     holder, others = begin(gate, nursery, make_client, job, replace(job, environment=impatience))
+    stopped = time.monotonic()
     os.kill(holder.pid, signal.SIGSTOP)
     try:
         gate.open()
         outcomes = [other.wait() for other in others]
+        # With the usual patience they would wait for him for a minute.
+        assert time.monotonic() - stopped < 50
     finally:
         os.kill(holder.pid, signal.SIGCONT)
     for outcome in (*outcomes, holder.wait()):

@@ -35,7 +35,7 @@ Journal = list[tuple[str, ...]]
 def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
     """What this process syncs, renames and makes."""
     events: Journal = []
-    lock = threading.Lock()
+    lock = threading.RLock()
 
     def note(name: str, kind: str) -> None:
         real: Callable[..., Any] = getattr(os, name)

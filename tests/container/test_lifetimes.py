@@ -65,7 +65,6 @@ def test_what_is_closed_cannot_be_read(use: Callable[[ModelContainer], Any], fil
 
 
 def test_what_is_forgotten_is_let_go_of(file: Path, data: bytes, open_files: OpenFiles) -> None:
-    gc.collect()
     before = open_files()
     for make in (
         lambda: ModelContainer.from_file(file),
@@ -104,7 +103,6 @@ def test_failures_let_go_of_everything(
 
     cut = file.with_name("cut")
     cut.write_bytes(data[:-10])
-    gc.collect()
     before = open_files()
     for fail in (
         lambda: ModelContainer.from_training_model(WEIGHTS, Failing(True)),

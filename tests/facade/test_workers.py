@@ -315,12 +315,14 @@ def test_a_worker_that_is_killed_midway_hangs_nobody_and_what_it_fetched_is_not_
         # It gets no further while the others start, however long that takes.
         first.send_signal(signal.SIGSTOP)
         kept = noted_bytes(*places)
-        others = [
-            server.one(s3.uri("model/"), target, tmp_path / f"other-{index}") for index in range(3)
-        ]
-        assert first.poll() is None
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        try:
+            others = [
+                server.one(s3.uri("model/"), target, tmp_path / f"other-{index}")
+                for index in range(3)
+            ]
+        finally:
+            first.kill()
+        assert first.wait() == -signal.SIGKILL
         came = proxy.bytes_down
         for other in others:
             assert other.wait(200) == 0

@@ -180,7 +180,7 @@ def test_large_bodies_pass_both_ways(seaweedfs: SeaweedFS, shared_bucket: str, p
 
 
 def test_clients_over_tls_are_served(server: NginxHTTP, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.testing.fault_proxy._HANDSHAKE", 10 * SOON)
+    monkeypatch.setattr("storage.testing.fault_proxy._HANDSHAKE", 4 * SOON)
     authority = trustme.CA()
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(tls)

@@ -182,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
             if reply.chunked and reply.cut is None:
                 self.wfile.write(b"0\r\n\r\n")
         if reply.stall is not None:
-            reply.stall.wait(60)
+            reply.stall.wait(600)
         if reply.cut is not None or len(reply.body) != (reply.length or len(reply.body)):
             self.close_connection = True
 

@@ -211,7 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
             yield block
 
     def _chunks(self) -> Iterator[bytes]:
-        while size := int(self.rfile.readline().split(b";")[0], 16):
+        while line := self.rfile.readline():
+            size = int(line.split(b";")[0], 16)
+            if not size:
+                break
             yield self.rfile.read(size)
             self.rfile.readline()
         while self.rfile.readline().strip():

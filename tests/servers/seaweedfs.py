@@ -170,27 +170,27 @@ class SeaweedFS(S3Server):
             ServerError: it does not answer in time.
         """
         assert self._process is None, f"{self.name} is running"
+        deadline = time.monotonic() + START_TIMEOUT
         self._launch(self._command)
         self._wait_until_ready()
-        self._wait_until_readable()
+        self._wait_until_readable(deadline)
 
-    def _wait_until_readable(self) -> None:
+    def _wait_until_readable(self, deadline: float) -> None:
         """Wait until its parts have found each other: it answers before, with an error or late."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        deadline = time.monotonic() + START_TIMEOUT
-        buckets = [bucket["Name"] for bucket in self.raw.list_buckets()["Buckets"]]
-        # All of them: each may be in a part that comes later.
-        objects = [(bucket, key) for bucket in buckets for key in self.keys_raw(bucket)]
-        while objects:
+        while True:
             try:
-                self.get_raw(*objects[-1])
-                objects.pop()
+                # All of them: each may be in a part that comes later.
+                for bucket in self.raw.list_buckets()["Buckets"]:
+                    for key in self.keys_raw(bucket["Name"]):
+                        self.get_raw(bucket["Name"], key)
             except (BotoCoreError, ClientError) as exc:
                 if time.monotonic() > deadline:
-                    text = f"{self.name} does not read {'/'.join(objects[-1])}: {exc}"
-                    raise ServerError(text) from exc
+                    raise ServerError(f"{self.name} cannot be read: {exc}") from exc
                 time.sleep(0.1)
+            else:
+                return
 
     def stop(self) -> None:
         """Stop the server and remove the sockets that it leaves behind when killed."""

@@ -349,12 +349,11 @@ def test_what_is_on_this_machine_is_not_limited(
 def test_our_own_waiting_is_no_stall_of_the_store(
     seaweedfs: SeaweedFS, shared_bucket: str, prefix: str, tmp_path: Path, driver: str
 ) -> None:
-    # A buffer of 1 MiB waits for four seconds. A stall is less than that, and more than it takes a
-    # busy machine to answer.
-    rate = MIB // 4
-    data = os.urandom(3 * MIB // 2)
+    # Four connections share the rate, so that a buffer of 1 MiB waits for about four seconds. A
+    # stall is less than that, and more than it takes a busy machine to answer.
+    data = os.urandom(9 * MIB // 2)
     limits = {
-        "limit_rate": rate,
+        "limit_rate": MIB,
         "part_size": MIB,
         "attempts": 1,
         "stall_timeout": 1.6,
@@ -374,4 +373,4 @@ def test_our_own_waiting_is_no_stall_of_the_store(
         seconds = time.monotonic() - began
     assert Path(path).read_bytes() == data
     # It cannot have been faster, however long it took.
-    assert seconds >= (len(data) - 2 * rate // 4) / rate - BURST
+    assert seconds >= (len(data) - 2 * STEP) / MIB - BURST

@@ -186,7 +186,7 @@ def test_the_time_limit_ends_the_repeating(monkeypatch: pytest.MonkeyPatch) -> N
 
     with pytest.raises(TransferError):
         RetryPolicy(10**9, timeout=0.2, wait_initial=0.001, wait_max=0.01).run(step)
-    # Each wait is of 0.01 s at most, and the tries themselves take no time.
+    # Each wait is of 0.011 s at most, and the tries themselves take no time.
     assert calls > 0.2 / 0.011
     assert 0.2 - 0.011 < clock.now - Clock.now <= 0.2
 

@@ -44,7 +44,7 @@ def rewrite(descriptor: int, data: bytes) -> None:
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     max_examples=200,
 )
 @given(data=st.data(), size=st.integers(1, 40 * KIB), part_size=st.integers(1, 9 * KIB))
