@@ -26,7 +26,7 @@ __all__ = ["Connection", "Exchange"]
 _THROTTLED = 4096.0
 _UNTOLD = 64 * 1024
 _DRAIN = 10.0
-_SETTLE = 1000
+_LOOKS = 1000
 _PAUSE = 0.005
 _ALONE = frozenset({"status", "error_body", "expire"})
 _BROKEN = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ProtocolError)
@@ -374,7 +374,7 @@ class Connection:
         raw = self._writer.get_extra_info("socket")
         transport = self._writer.transport
         # Looks are counted, not seconds: a machine that stands still delivers nothing meanwhile.
-        for _ in range(_SETTLE):
+        for _ in range(_LOOKS):
             if transport.is_closing():
                 break
             if not transport.get_write_buffer_size() and not _unsent(raw):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import shutil
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from storage.backends.base import Backend, Body, ByteRange, ObjectInfo, Payload
 from storage.client import StorageClient
 from storage.config import load_settings
 from storage.testing.fault_script import Fault
-from tests.servers.nginx_http import put_file
+from tests.servers.nginx_http import put_file, unfinished_uploads
 
 _EMPTY = "a URL may hold empty segments; nginx before a folder gives them no meaning"
 
@@ -56,14 +55,7 @@ class FolderRaw:
         return {str(path.relative_to(self._folder)) for path in found if path.is_file()}
 
     def unfinished(self) -> Sequence[str]:
-        # nginx removes what it got of a broken upload when it sees that the client is gone.
-        temporary = self._folder.parent / "temp"
-        deadline = time.monotonic() + 60
-        while True:
-            found = [str(path) for path in temporary.rglob("*") if path.is_file()]
-            if not found or time.monotonic() > deadline:
-                return found
-            time.sleep(0.01)
+        return unfinished_uploads(self._folder)
 
 
 def empty(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from storage.testing.fault_proxy import FaultProxy
 from storage.testing.fault_script import Request, Script
 from tests.facade.stores import AzureStore, GCSStore, HubStore, S3Store, Store, s3_config
 from tests.servers import NginxHTTP
-from tests.servers.nginx_http import put_file
+from tests.servers.nginx_http import put_file, unfinished_uploads
 
 __all__ = ["SITES", "Site", "make_site"]
 
@@ -295,14 +294,7 @@ class WebSite(Site):
         return request.method == "PUT"
 
     def litter(self) -> list[str]:
-        # The server removes what it got of a broken upload when it sees that the client is gone.
-        temporary = self._server.data.parent / "temp"
-        deadline = time.monotonic() + 60
-        while True:
-            found = [str(path) for path in temporary.rglob("*") if path.is_file()]
-            if not found or time.monotonic() > deadline:
-                return found
-            time.sleep(0.01)
+        return unfinished_uploads(self._server.data)
 
 
 def make_site(request: pytest.FixtureRequest, name: str, direction: str) -> Site:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,13 @@ from storage.config import load_settings
 from storage.errors import TransferError
 from storage.registry import ModelRegistry, RegistryWatcher
 from tests.facade.stores import FileStore, tree_bytes
+from tests.facade.watcher.support import until
 from tests.registry.conftest import MakeFolder, OpenRegistry
 from tests.servers import CountingProxy
 
 OFTEN = 0.05
 # Seconds in which comes what is to come, however busy the machine is.
 PATIENCE = 60
-
-
-def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def files(number: int) -> dict[str, bytes]:

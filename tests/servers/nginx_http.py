@@ -137,6 +137,20 @@ class NginxHTTP(Nginx):
 _seconds = itertools.count(int(time.time()) - 10_000_000)
 
 
+def unfinished_uploads(folder: Path) -> list[str]:
+    """Return what is left of broken uploads to ``folder``.
+
+    The server removes it when it sees that the client is gone, which is waited for.
+    """
+    temporary = folder.parent / "temp"
+    deadline = time.monotonic() + 60
+    while True:
+        found = [str(path) for path in temporary.rglob("*") if path.is_file()]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.01)
+
+
 def put_file(folder: Path, path: str, data: bytes) -> Path:
     """Store a file below ``folder`` at once, as object stores do, and return its path."""
     target = folder / path

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
+from tests.servers.chunked import read_chunks
 from tests.servers.process import HOST
 
 _BLOCK = 256 * 1024
@@ -203,22 +204,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> Iterator[bytes]:
         if self._is_chunked():
-            yield from self._chunks()
+            yield from read_chunks(self.rfile)
             return
         left = int(self.headers.get("Content-Length") or 0)
         while left and (block := self.rfile.read(min(left, _BLOCK))):
             left -= len(block)
             yield block
-
-    def _chunks(self) -> Iterator[bytes]:
-        while line := self.rfile.readline():
-            size = int(line.split(b";")[0], 16)
-            if not size:
-                break
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        while self.rfile.readline().strip():
-            pass
 
     def _relay(self, answer: http.client.HTTPResponse) -> None:
         self._record(answer.status)

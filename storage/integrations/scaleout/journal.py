@@ -32,8 +32,8 @@ __all__ = [
     "MarkFile",
     "SegmentWriter",
     "drop_torn_tail",
+    "first_number",
     "lines",
-    "parse_name",
     "read_header",
     "segment_name",
     "told_os_errors",
@@ -45,7 +45,7 @@ UNFINISHED = ".new"
 
 _FORMAT = 1
 _SLOT = 512
-_NAME = re.compile(r"(\d{16})-([0-9a-f]{16})\.seg")
+_NAME = re.compile(r"(\d{16})-[0-9a-f]{16}\.seg")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -54,10 +54,10 @@ def segment_name(first: int, stream: str) -> str:
     return f"{first:016d}-{stream}.seg"
 
 
-def parse_name(name: str) -> tuple[int, str] | None:
-    """Return what :func:`segment_name` made ``name`` of; ``None`` if it is no segment's."""
+def first_number(name: str) -> int:
+    """Return with which record a segment begins, by its name; 0 if that is no segment's."""
     found = _NAME.fullmatch(name)
-    return None if found is None else (int(found[1]), found[2])
+    return 0 if found is None else int(found[1])
 
 
 @contextlib.contextmanager

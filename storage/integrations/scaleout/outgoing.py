@@ -133,8 +133,7 @@ class Outgoing:
             end, most = mark.end, mark.end
         skip = 0 if fixed is not None else self._skip.get(header.stream, 0)
         found: list[dict[str, Any]] = []
-        first, _ = journal.parse_name(name) or (1, "")
-        passed = max(mark.number, first - 1)
+        passed = max(mark.number, journal.first_number(name) - 1)
         for line in journal.lines(path, start, end):
             passed = line.highest(passed)
             if line.record is None:

@@ -247,7 +247,7 @@ class Spool:
     # -- opening ------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        names = sorted(filter(journal.parse_name, os.listdir(self.path("segments"))))
+        names = sorted(filter(journal.first_number, os.listdir(self.path("segments"))))
         self._marks = MarkFile(self.path("mark"), is_new=not names)
         mark = self._marks.mark
         self._inode = os.stat(self.folder).st_ino
@@ -256,12 +256,12 @@ class Spool:
         if mark.batch is not None and (fixed := batches.parse_name(mark.batch)):
             self._last = max(self._last, fixed.last)
         # By number alone: of two with the same one, the names say nothing of which came first.
-        oldest, _ = journal.parse_name(mark.segment) or (0, "")
+        oldest = journal.first_number(mark.segment)
         for name in names:
             path = self.path("segments", name)
-            first, _ = journal.parse_name(name) or (0, "")
+            is_behind = journal.first_number(name) < oldest and not mark.doubtful
             # Whoever was to remove it was killed; or to write the first record of it.
-            if (first < oldest and not mark.doubtful) or not os.stat(path).st_size:
+            if is_behind or not os.stat(path).st_size:
                 os.unlink(path)
             else:
                 self.segments.append(name)
@@ -295,7 +295,7 @@ class Spool:
             os.unlink(path)
             self._go_on()
             return
-        first, _ = journal.parse_name(name) or (1, "")
+        first = journal.first_number(name)
         number = first - 1
         for line in journal.lines(path, 0, size):
             number = line.highest(number)

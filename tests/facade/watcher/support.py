@@ -45,7 +45,7 @@ class Told:
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "that did not come to be"
         time.sleep(0.01)
 
 

@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from storage import (
 from storage.cache.locks import SourceLock
 from storage.cancellation import CancellationToken, OperationCancelledError, cancellable
 from storage.client.versions import VersionFolders
+from tests.facade.watcher.support import until
 
 
 @pytest.fixture
@@ -34,13 +34,6 @@ def source(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "a").write_text("1")
     return folder
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "that did not come to be"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("raised", [asyncio.CancelledError, SystemExit, KeyboardInterrupt])

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from tests.servers.chunked import EndedEarlyError, read_chunks
+
 __all__ = ["Answer", "Endpoint", "Request", "problem"]
 
 _BLOCK = 256 * 1024
@@ -68,30 +70,18 @@ class Request:
             return
         self._done = True
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
-            yield from self._chunks()
+            for piece in read_chunks(self.stream):
+                self.received += len(piece)
+                yield piece
             return
         left = int(self.headers.get("content-length") or 0)
         while left:
             piece = self.stream.read(min(left, _BLOCK))
             if not piece:
-                raise ConnectionError("the body of a request ended early")
+                raise EndedEarlyError("the body of a request ended early")
             left -= len(piece)
             self.received += len(piece)
             yield piece
-
-    def _chunks(self) -> Iterator[bytes]:
-        while size := self._size_of_chunk():
-            self.received += size
-            yield self.stream.read(size)
-            self.stream.readline()
-        while self.stream.readline().strip():
-            pass
-
-    def _size_of_chunk(self) -> int:
-        line = self.stream.readline()
-        if not line:
-            raise ConnectionError("the body of a request ended early")
-        return int(line.split(b";")[0], 16)
 
     def data(self) -> bytes:
         return b"".join(self.body())
