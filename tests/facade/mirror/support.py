@@ -82,13 +82,22 @@ def die_midway(folder: str, after: int, batch: Batch) -> tuple[ItemOutcome, ...]
     return outcomes
 
 
-def run_when(path: str, batch: Batch) -> tuple[ItemOutcome, ...]:
-    """Do a batch when a file is there."""
+def wait_midway(folder: str, after: int, path: str, batch: Batch) -> tuple[ItemOutcome, ...]:
+    """Do a batch; when ``after`` are done, in whatever order, not before a file is there.
+
+    Args:
+        folder: where all processes note what they did.
+        after: how many batches are done before.
+        path: of the file.
+        batch: to be done.
+    """
     deadline = time.monotonic() + 120
-    while not os.path.exists(path):
+    while len(os.listdir(folder)) >= after and not os.path.exists(path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return run_batch(batch)
+    outcomes = run_batch(batch)
+    Path(folder, batch.name).touch()
+    return outcomes
 
 
 class Counting(ThreadPoolExecutor):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from storage import AzureConfig, MirrorError, S3Config, StorageOperations
 from storage.client.mirror.batch import Batch
 from storage.transfer import progress
 from storage.transfer.progress import Progress
-from tests.facade.mirror.support import die_midway, run_when
+from tests.facade.mirror.support import die_midway, wait_midway
 from tests.facade.stores import s3_config
 from tests.servers import SeaweedFS
 from tests.servers.azurite import Azurite
@@ -135,10 +134,10 @@ def test_two_workers_mirror_2000_objects(
     assert target.content() == origin.files
 
 
-def doing(executor: Any, instead: Callable[[Batch], Any], after: int = 0) -> Any:
-    """Have an executor do something else with the batches that follow the first ``after``."""
-    submit, numbers = executor.submit, count()
-    executor.submit = lambda fn, batch: submit(fn if next(numbers) < after else instead, batch)
+def doing(executor: Any, instead: Callable[[Batch], Any]) -> Any:
+    """Have an executor do something else with each batch."""
+    submit = executor.submit
+    executor.submit = lambda _, batch: submit(instead, batch)
     return executor
 
 
@@ -220,15 +219,16 @@ def test_a_client_that_is_closed_midway_leaves_nobody_waiting(
     from distributed import Client
 
     monkeypatch.setattr(progress, "_INTERVAL", 0.0)
-    closed = tmp_path / "closed"
+    closed, noted = tmp_path / "closed", tmp_path / "noted"
+    noted.mkdir()
     made, _ = cluster
     clients: list[Any] = []
 
     def connect() -> Any:
         clients.append(Client(made, set_as_default=False))
-        # All but the first batches are still to be done when the client is closed.
+        # Dask does them in any order; all but the first are to be done when the client is closed.
         executor = clients[-1].get_executor(pure=False)
-        return doing(executor, partial(run_when, str(closed)), after=4)
+        return doing(executor, partial(wait_midway, str(noted), 2, str(closed)))
 
     def close(told: Progress) -> None:
         if not closed.exists() and told.objects_done >= 20:
